@@ -1,0 +1,34 @@
+"""Errors that are the user's to mend: one line, with the remedy."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = ["UserError", "require"]
+
+
+class UserError(Exception):
+    """Something the user can put right; the command line prints it as one line and exits with code 2."""
+
+
+def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import an optional dependency.
+
+    Args:
+        module: Dotted module name.
+        extra: The extra of visattn that installs it.
+        purpose: What needs it, for the message.
+
+    Raises:
+        UserError: The module is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise  # the module is there, something inside it is broken: that is not a missing extra
+        raise UserError(
+            f"{purpose} needs {module.split('.')[0]}, which is not installed. "
+            f"Install it with: pip install 'visattn[{extra}]'"
+        ) from error
