@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["UserError", "require"]
+__all__ = ["UserError", "check", "require"]
 
 
 class UserError(Exception):
@@ -32,3 +32,10 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
             f"{purpose} needs {module.split('.')[0]}, which is not installed. "
             f"Install it with: pip install 'visattn[{extra}]'"
         ) from error
+
+
+def check(condition: bool, owner: str, rule: str, *, remedy: str = "", **got: object) -> None:
+    """Raise `ValueError("<owner>: <rule>, got <name>=<value>. <remedy>")` unless the condition holds."""
+    if not condition:
+        values = ", ".join(f"{name}={value!r}" for name, value in got.items())
+        raise ValueError(f"{owner}: {rule}, got {values}." + (f" {remedy}" if remedy else ""))

@@ -1,0 +1,71 @@
+"""What every block shares: the base class, checks of inputs, and picking the queries whose maps are shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visattn.errors import check
+
+__all__ = ["Block", "NormLayer", "check_map", "check_tokens", "make_norm", "query_indices", "token_query_indices"]
+
+NormLayer = Callable[[int], nn.Module]
+
+
+class Block(nn.Module):
+    """A visattn block; `attention_maps` tells what it attends to, for `visattn.capture`."""
+
+    def attention_maps(self, *inputs: Any, **options: Any) -> dict[str, Tensor]:
+        """Maps by kind, for the arguments of `forward` and `queries`; empty where a block's parts speak for it.
+
+        Args:
+            inputs: The positional arguments of `forward`.
+            options: The keyword arguments of `forward`, and `queries`: (row, column) fractions of height and width,
+                on which position maps alone depend.
+        """
+        return {}
+
+
+def check_map(owner: object, x: Tensor, channels: int) -> None:
+    """Raise unless `x` is (B, channels, H, W)."""
+    check(
+        x.ndim == 4 and x.shape[1] == channels,
+        type(owner).__name__,
+        f"the input must be (B, {channels}, H, W)",
+        shape=tuple(x.shape),
+    )
+
+
+def check_tokens(owner: object, x: Tensor, dim: int) -> None:
+    """Raise unless `x` is (B, N, dim)."""
+    check(
+        x.ndim == 3 and x.shape[2] == dim,
+        type(owner).__name__,
+        f"the input must be (B, N, {dim})",
+        shape=tuple(x.shape),
+    )
+
+
+def make_norm(norm_layer: NormLayer, channels: int, device: Any, dtype: Any) -> nn.Module:
+    """Build a norm whose constructor knows channels only, then place it."""
+    return norm_layer(channels).to(device=device, dtype=dtype)
+
+
+def query_indices(
+    queries: Sequence[tuple[float, float]], height: int, width: int, device: torch.device | None = None
+) -> Tensor:
+    """Flat position of each (row, column) fraction in a height x width map."""
+    rows_columns = [(min(int(r * height), height - 1), min(int(c * width), width - 1)) for r, c in queries]
+    return torch.tensor([row * width + column for row, column in rows_columns], device=device)
+
+
+def token_query_indices(
+    queries: Sequence[tuple[float, float]], tokens: int, device: torch.device | None = None
+) -> Tensor:
+    """Token of each (row, column) fraction, the last isqrt(tokens)^2 tokens taken for a square grid of patches."""
+    side = math.isqrt(tokens)
+    return tokens - side * side + query_indices(queries, side, side, device)

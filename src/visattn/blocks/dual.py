@@ -1,0 +1,510 @@
+"""Dual attention (DA): DANet's position and channel attention, its head, and the projected form of tutorials.
+
+Paper: Dual Attention Network for Scene Segmentation, https://arxiv.org/abs/1809.02983
+Authors' code: https://github.com/junfu1115/DANet at b0a0fa008148f102321cdaa7ca38fb0ddd0239d1
+(encoding/nn/da_att.py, encoding/models/sseg/danet.py); projected form:
+https://github.com/xmu-xiaoma666/External-Attention-pytorch at d75848e40233ed56fa503c888472bab8b17c568c
+(model/attention/DANet.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visattn.blocks.base import Block, NormLayer, check_map, make_norm, query_indices
+from visattn.blocks.multihead import MultiHeadAttention
+from visattn.errors import check
+from visattn.ops.dual import channel_attention, channel_weights, position_attention, position_weights
+from visattn.ops.multihead import multihead_weights
+
+__all__ = [
+    "ChannelAttention",
+    "DualAttention",
+    "DualAttentionHead",
+    "PositionAttention",
+    "ProjectedChannelAttention",
+    "ProjectedDualAttention",
+    "ProjectedPositionAttention",
+]
+
+
+class PositionAttention(Block):
+    """DANet's position attention: `y = gamma * (v softmax(q^T k)^T) + x` over all positions, gamma starting at 0.
+
+    Args:
+        channels: Channels C of the map.
+        reduction: Queries and keys have `max(1, channels // reduction)` channels.
+        impl: "auto" or "reference".
+        device: Where parameters live.
+        dtype: Type of the parameters.
+
+    Shape:
+        Input (B, C, H, W), output (B, C, H, W), any H, W.
+
+    Raises:
+        ValueError: A size below 1, or an input of another shape.
+
+    Differs from the authors' code:
+        Fewer channels than `reduction` still leave one query channel (theirs: none, which fails). `reduction=1` is the
+        paper's text. The N x N matrix is not returned, nor need it exist.
+
+    References:
+        https://arxiv.org/abs/1809.02983; names and initialisation of the authors' PAM_Module.
+
+    Example:
+        >>> PositionAttention(16)(torch.randn(2, 16, 5, 7)).shape
+        torch.Size([2, 16, 5, 7])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        reduction: int = 8,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check(
+            channels >= 1 and reduction >= 1,
+            "PositionAttention",
+            "sizes must be >= 1",
+            channels=channels,
+            reduction=reduction,
+        )
+        self.channels, self.impl = channels, impl
+        inner = max(1, channels // reduction)
+        self.query_conv = nn.Conv2d(channels, inner, 1, device=device, dtype=dtype)
+        self.key_conv = nn.Conv2d(channels, inner, 1, device=device, dtype=dtype)
+        self.value_conv = nn.Conv2d(channels, channels, 1, device=device, dtype=dtype)
+        self.gamma = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Convolutions by torch's default, gamma zero, as published."""
+        for conv in (self.query_conv, self.key_conv, self.value_conv):
+            conv.reset_parameters()
+        nn.init.zeros_(self.gamma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W)."""
+        check_map(self, x, self.channels)
+        out = position_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x), impl=self.impl)
+        return x + self.gamma * out
+
+    def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
+        """`position`: (B, 1, Q, H, W), what the chosen positions attend to."""
+        chosen = query_indices(queries, x.shape[2], x.shape[3], x.device)
+        query = self.query_conv(x).flatten(2).index_select(2, chosen)
+        weights = position_weights(query, self.key_conv(x).flatten(2))
+        return {"position": weights.view(*weights.shape[:2], *x.shape[2:]).unsqueeze(1)}
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        return f"channels={self.channels}"
+
+
+class ChannelAttention(Block):
+    """DANet's channel attention: `y = gamma * (softmax(rowmax(E) - E) X) + x`, `E = X X^T`, gamma starting at 0.
+
+    Args:
+        channels: Channels C of the map.
+        inverted: The authors' code (the most alike channels get the least weight), which their checkpoints need;
+            False is the paper's equation `softmax(E)`.
+        impl: "auto" or "reference".
+        device: Where parameters live.
+        dtype: Type of the parameters.
+
+    Shape:
+        Input (B, C, H, W), output (B, C, H, W), any H, W.
+
+    Raises:
+        ValueError: A size below 1, or an input of another shape.
+
+    Differs from the authors' code:
+        Energies stay in float32 under autocast: they overflow float16 at ordinary sizes.
+
+    References:
+        https://arxiv.org/abs/1809.02983; names and initialisation of the authors' CAM_Module.
+
+    Example:
+        >>> ChannelAttention(16)(torch.randn(2, 16, 5, 7)).shape
+        torch.Size([2, 16, 5, 7])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        inverted: bool = True,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check(channels >= 1, "ChannelAttention", "channels must be >= 1", channels=channels)
+        self.channels, self.inverted, self.impl = channels, inverted, impl
+        self.gamma = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Gamma zero, as published."""
+        nn.init.zeros_(self.gamma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W)."""
+        check_map(self, x, self.channels)
+        return x + self.gamma * channel_attention(x, inverted=self.inverted, impl=self.impl)
+
+    def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
+        """`channel`: (B, C, C), what each channel attends to."""
+        return {"channel": channel_weights(x, inverted=self.inverted)}
+
+    def extra_repr(self) -> str:
+        """Options, for printing."""
+        return f"channels={self.channels}, inverted={self.inverted}"
+
+
+class DualAttention(Block):
+    """DANet's two attentions in parallel: `y = position(x) + channel(x)`, each with its own residual and gamma.
+
+    Args:
+        channels: Channels C of the map.
+        reduction: See `PositionAttention`.
+        inverted: See `ChannelAttention`.
+        impl: "auto" or "reference".
+        device: Where parameters live.
+        dtype: Type of the parameters.
+
+    Shape:
+        Input (B, C, H, W), output (B, C, H, W), any H, W.
+
+    Raises:
+        ValueError: A size below 1, or an input of another shape.
+
+    Differs from the authors' code:
+        They publish the sum only inside their head (see `DualAttentionHead`), after one convolution each.
+
+    References:
+        https://arxiv.org/abs/1809.02983
+
+    Example:
+        >>> DualAttention(16)(torch.randn(2, 16, 5, 7)).shape
+        torch.Size([2, 16, 5, 7])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        reduction: int = 8,
+        inverted: bool = True,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.position = PositionAttention(channels, reduction=reduction, impl=impl, device=device, dtype=dtype)
+        self.channel = ChannelAttention(channels, inverted=inverted, impl=impl, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """As its two parts."""
+        self.position.reset_parameters()
+        self.channel.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W)."""
+        out: Tensor = self.position(x) + self.channel(x)
+        return out
+
+
+class DualAttentionHead(Block):
+    """DANet's segmentation head: two stems, position and channel attention, and three classifiers.
+
+    Args:
+        in_channels: Channels of the backbone's map, at least 4; a quarter of them is used inside.
+        out_channels: Classes.
+        reduction: See `PositionAttention`.
+        inverted: See `ChannelAttention`.
+        drop: Dropout of whole channels before the classifiers.
+        norm_layer: Builds every norm from a channel count.
+        impl: "auto" or "reference".
+        device: Where parameters live.
+        dtype: Type of the parameters.
+
+    Shape:
+        Input (B, in_channels, H, W), output three maps (B, out_channels, H, W): fused, position, channel.
+
+    Raises:
+        ValueError: Fewer than 4 input channels, or an input of another shape.
+
+    Differs from the authors' code:
+        Fewer than 32 input channels work (see `PositionAttention`). `norm_layer` has a default.
+
+    References:
+        https://arxiv.org/abs/1809.02983; names and initialisation of the authors' DANetHead.
+
+    Example:
+        >>> [tuple(y.shape) for y in DualAttentionHead(32, 5)(torch.randn(2, 32, 5, 7))]
+        [(2, 5, 5, 7), (2, 5, 5, 7), (2, 5, 5, 7)]
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        reduction: int = 8,
+        inverted: bool = True,
+        drop: float = 0.1,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check(in_channels >= 4, "DualAttentionHead", "in_channels must be >= 4", in_channels=in_channels)
+        self.in_channels = in_channels
+        inner = in_channels // 4
+
+        def stem(channels: int) -> nn.Sequential:
+            conv = nn.Conv2d(channels, inner, 3, padding=1, bias=False, device=device, dtype=dtype)
+            return nn.Sequential(conv, make_norm(norm_layer, inner, device, dtype), nn.ReLU())
+
+        def classifier() -> nn.Sequential:
+            return nn.Sequential(nn.Dropout2d(drop), nn.Conv2d(inner, out_channels, 1, device=device, dtype=dtype))
+
+        self.conv5a, self.conv5c = stem(in_channels), stem(in_channels)
+        self.sa = PositionAttention(inner, reduction=reduction, impl=impl, device=device, dtype=dtype)
+        self.sc = ChannelAttention(inner, inverted=inverted, impl=impl, device=device, dtype=dtype)
+        self.conv51, self.conv52 = stem(inner), stem(inner)
+        self.conv6, self.conv7, self.conv8 = classifier(), classifier(), classifier()
+
+    def reset_parameters(self) -> None:
+        """Torch's defaults, gammas zero, as published."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d | PositionAttention | ChannelAttention):
+                module.reset_parameters()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, in_channels, H, W) to three maps (B, out_channels, H, W)."""
+        check_map(self, x, self.in_channels)
+        position = self.conv51(self.sa(self.conv5a(x)))
+        channel = self.conv52(self.sc(self.conv5c(x)))
+        return self.conv8(position + channel), self.conv6(position), self.conv7(channel)
+
+
+def _same_conv(name: str, channels: int, kernel_size: int, device: Any, dtype: Any) -> nn.Conv2d:
+    check(kernel_size >= 1 and kernel_size % 2 == 1, name, "kernel_size must be odd", kernel_size=kernel_size)
+    return nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, device=device, dtype=dtype)
+
+
+class ProjectedPositionAttention(Block):
+    """A convolution, then single-head attention over positions with query, key, value and output projections.
+
+    Args:
+        channels: Channels C of the map.
+        kernel_size: Odd kernel of the convolution.
+        attn_drop: Dropout on the attention.
+        impl: "auto" or "reference".
+        device: Where parameters live.
+        dtype: Type of the parameters.
+
+    Shape:
+        Input (B, C, H, W), output (B, C, H, W), any H, W.
+
+    Raises:
+        ValueError: An even kernel, a size below 1, or an input of another shape.
+
+    Differs from the authors' code:
+        Returns a map where the published class returns (B, H*W, C). No dropout by default (published: 0.1).
+
+    References:
+        Names and initialisation of xmu-xiaoma666's PositionAttentionModule.
+
+    Example:
+        >>> ProjectedPositionAttention(8)(torch.randn(2, 8, 5, 7)).shape
+        torch.Size([2, 8, 5, 7])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        kernel_size: int = 3,
+        attn_drop: float = 0.0,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.cnn = _same_conv("ProjectedPositionAttention", channels, kernel_size, device, dtype)
+        self.pa = MultiHeadAttention(channels, num_heads=1, attn_drop=attn_drop, impl=impl, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """The convolution by torch's default, the attention as `MultiHeadAttention`."""
+        self.cnn.reset_parameters()
+        self.pa.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W)."""
+        check_map(self, x, self.channels)
+        out: Tensor = self.pa(self.cnn(x).flatten(2).transpose(1, 2))
+        return out.transpose(1, 2).reshape(x.shape)
+
+    def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
+        """`position`: (B, 1, Q, H, W), what the chosen positions attend to."""
+        tokens = self.cnn(x).flatten(2).transpose(1, 2)
+        chosen = tokens.index_select(1, query_indices(queries, x.shape[2], x.shape[3], x.device))
+        weights = multihead_weights(self.pa._heads(chosen, "fc_q"), self.pa._heads(tokens, "fc_k"))
+        return {"position": weights.view(*weights.shape[:3], *x.shape[2:])}
+
+
+class ProjectedChannelAttention(Block):
+    """A convolution, then attention over channels with a linear layer over the H*W axis: tied to one map size.
+
+    Args:
+        channels: Channels C of the map.
+        feat_size: The (H, W) it is built for.
+        kernel_size: Odd kernel of the convolution.
+        attn_drop: Dropout on the attention.
+        impl: "auto" or "reference".
+        device: Where parameters live.
+        dtype: Type of the parameters.
+
+    Shape:
+        Input (B, C, H, W) with (H, W) = feat_size, output the same.
+
+    Raises:
+        ValueError: An even kernel, a size below 1, or an input of another shape.
+
+    Differs from the authors' code:
+        Returns a map where the published class returns (B, C, H*W). No dropout by default (published: 0.1).
+
+    References:
+        Names and initialisation of xmu-xiaoma666's ChannelAttentionModule.
+
+    Example:
+        >>> ProjectedChannelAttention(8, (5, 7))(torch.randn(2, 8, 5, 7)).shape
+        torch.Size([2, 8, 5, 7])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        feat_size: tuple[int, int],
+        *,
+        kernel_size: int = 3,
+        attn_drop: float = 0.0,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        height, width = feat_size
+        check(min(height, width) >= 1, "ProjectedChannelAttention", "feat_size must be >= 1", feat_size=feat_size)
+        self.channels, self.feat_size = channels, (height, width)
+        self.cnn = _same_conv("ProjectedChannelAttention", channels, kernel_size, device, dtype)
+        self.pa = MultiHeadAttention(
+            height * width,
+            num_heads=1,
+            project=False,
+            attn_drop=attn_drop,
+            impl=impl,
+            device=device,
+            dtype=dtype,
+        )
+
+    def reset_parameters(self) -> None:
+        """The convolution by torch's default, the attention as `MultiHeadAttention`."""
+        self.cnn.reset_parameters()
+        self.pa.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W) for the H, W it was built for."""
+        check_map(self, x, self.channels)
+        check(
+            tuple(x.shape[2:]) == self.feat_size,
+            type(self).__name__,
+            f"built for maps of {self.feat_size[0]} x {self.feat_size[1]}",
+            remedy="Build it with feat_size=(H, W) of your map, or use DualAttention, which takes any size.",
+            shape=tuple(x.shape),
+        )
+        out: Tensor = self.pa(self.cnn(x).flatten(2))
+        return out.view(x.shape)
+
+    def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
+        """`channel`: (B, C, C), what each channel attends to."""
+        tokens = self.cnn(x).flatten(2).unsqueeze(1)
+        return {"channel": multihead_weights(tokens, tokens).squeeze(1)}
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        return f"channels={self.channels}, feat_size={self.feat_size}"
+
+
+class ProjectedDualAttention(Block):
+    """The dual attention of tutorials: convolution and projected attention, over positions and over channels, summed.
+
+    It has no gamma and no residual, and a linear layer over H*W ties it to one map size; `DualAttention` is the
+    paper's block.
+
+    Args:
+        channels: Channels C of the map.
+        feat_size: The (H, W) it is built for.
+        kernel_size: Odd kernel of the convolutions.
+        attn_drop: Dropout on the attention.
+        impl: "auto" or "reference".
+        device: Where parameters live.
+        dtype: Type of the parameters.
+
+    Shape:
+        Input (B, C, H, W) with (H, W) = feat_size, output the same.
+
+    Raises:
+        ValueError: An even kernel, a size below 1, or an input of another shape.
+
+    Differs from the authors' code:
+        Its arguments are honoured: the published class is always 512 channels, 3x3 kernels, 7 x 7. No dropout by
+        default (published: 0.1).
+
+    References:
+        Names and initialisation of xmu-xiaoma666's DAModule.
+
+    Example:
+        >>> ProjectedDualAttention(8, (5, 7))(torch.randn(2, 8, 5, 7)).shape
+        torch.Size([2, 8, 5, 7])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        feat_size: tuple[int, int],
+        *,
+        kernel_size: int = 3,
+        attn_drop: float = 0.0,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.position_attention_module = ProjectedPositionAttention(
+            channels, kernel_size=kernel_size, attn_drop=attn_drop, impl=impl, device=device, dtype=dtype
+        )
+        self.channel_attention_module = ProjectedChannelAttention(
+            channels, feat_size, kernel_size=kernel_size, attn_drop=attn_drop, impl=impl, device=device, dtype=dtype
+        )
+
+    def reset_parameters(self) -> None:
+        """As its two parts."""
+        self.position_attention_module.reset_parameters()
+        self.channel_attention_module.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W) for the H, W it was built for."""
+        out: Tensor = self.position_attention_module(x) + self.channel_attention_module(x)
+        return out

@@ -1,0 +1,190 @@
+"""Selective kernel (SK): convolutions with several receptive fields, chosen per channel.
+
+Paper: Selective Kernel Networks, https://arxiv.org/abs/1903.06586
+Published code compared with:
+https://github.com/developer0hye/SKNet-PyTorch at f78ea0c8e9394a77e58b33b228a4209186a6ad9e (sknet.py),
+https://github.com/xmu-xiaoma666/External-Attention-pytorch at d75848e40233ed56fa503c888472bab8b17c568c
+(model/attention/SKAttention.py),
+https://github.com/pppLang/SKNet at ef76d8dd87a3c12eac69169758ee90fd1e189372 (sknet.py)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visattn.blocks.base import Block, NormLayer, check_map, make_norm
+from visattn.errors import check
+from visattn.ops.selective_kernel import branch_descriptor, branch_select, branch_weights
+
+__all__ = ["SelectiveKernel"]
+
+
+class _Branch(nn.Module):
+    """Convolution, norm, activation."""
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.Module, act: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = conv, bn, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(self.bn(self.conv(x)))
+        return out
+
+
+class SelectiveKernel(Block):
+    """Selective kernel convolution: `y = sum_k a_k F_k`, `F_k = act(norm(conv_k(x)))`.
+
+    `a = softmax over k of fcs_k(z)` per channel, `z = fc(mean over positions of sum_k F_k)`, normed and activated in
+    the paper's form. The default is the paper's form: 3x3 kernels, a larger kernel k as 3x3 with dilation
+    (k - 1) // 2, 32 groups. The full-kernel form that circulates in tutorials is
+    `SelectiveKernel(c, kernel_size=(1, 3, 5, 7), dilated=False, groups=1, hidden_norm=False, bias=True)`.
+
+    Args:
+        channels: Input channels.
+        out_channels: Output channels; default `channels`.
+        kernel_size: One odd size per branch.
+        dilated: Build kernels above 3 as dilated 3x3.
+        stride: Stride of the branches.
+        groups: Groups of the branches; default the largest power of two up to the paper's 32 that divides both widths.
+        reduction: The hidden vector has `max(min_hidden, out_channels // reduction)` entries.
+        min_hidden: See `reduction`.
+        hidden_norm: Norm and activation on the hidden vector (paper) or a plain linear layer.
+        bias: Bias of the branch convolutions and of `fc`.
+        norm_layer: Builds every norm, that of the hidden vector included, from a channel count.
+        act_layer: Builds every activation.
+        impl: "auto" or "reference".
+        device: Where parameters live.
+        dtype: Type of the parameters.
+
+    Shape:
+        Input (B, channels, H, W), output (B, out_channels, ceil(H / stride), ceil(W / stride)).
+
+    Raises:
+        ValueError: An even kernel, groups that do not divide the widths, a size below 1, or an input of another shape.
+
+    Differs from the authors' code:
+        Training with a batch of one works: the hidden batch norm then uses its running statistics, where published
+        code raises. `groups` fits itself to the width unless given.
+
+    References:
+        https://arxiv.org/abs/1903.06586; `visattn.checkpoints` maps the names of five published versions.
+
+    Example:
+        >>> SelectiveKernel(64, stride=2)(torch.randn(2, 64, 9, 7)).shape
+        torch.Size([2, 64, 5, 4])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int | None = None,
+        *,
+        kernel_size: Sequence[int] = (3, 5),
+        dilated: bool = True,
+        stride: int = 1,
+        groups: int | None = None,
+        reduction: int = 16,
+        min_hidden: int = 32,
+        hidden_norm: bool = True,
+        bias: bool = False,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        act_layer: Callable[[], nn.Module] = nn.ReLU,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = "SelectiveKernel"
+        out_channels = channels if out_channels is None else out_channels
+        check(
+            min(channels, out_channels) >= 1, name, "sizes must be >= 1", channels=channels, out_channels=out_channels
+        )
+        groups = math.gcd(32, channels, out_channels) if groups is None else groups
+        check(
+            groups >= 1 and channels % groups == 0 and out_channels % groups == 0,
+            name,
+            "groups must divide channels and out_channels",
+            remedy="Leave groups out to have one chosen.",
+            groups=groups,
+            channels=channels,
+            out_channels=out_channels,
+        )
+        kernel_size = tuple(kernel_size)
+        odd = len(kernel_size) >= 1 and all(k >= 1 and k % 2 == 1 for k in kernel_size)
+        check(odd, name, "kernel_size needs odd sizes, one per branch", kernel_size=kernel_size)
+        check(
+            stride >= 1 and reduction >= 1 and min_hidden >= 1,
+            name,
+            "stride, reduction and min_hidden must be >= 1",
+            stride=stride,
+            reduction=reduction,
+            min_hidden=min_hidden,
+        )
+        self.channels, self.out_channels, self.kernel_size = channels, out_channels, kernel_size
+        self.dilated, self.stride, self.groups, self.impl = dilated, stride, groups, impl
+        self.convs = nn.ModuleList()
+        for k in kernel_size:
+            size, dilation = (3, (k - 1) // 2) if dilated and k > 3 else (k, 1)
+            conv = nn.Conv2d(
+                channels,
+                out_channels,
+                size,
+                stride=stride,
+                padding=dilation * (size - 1) // 2,
+                dilation=dilation,
+                groups=groups,
+                bias=bias,
+                device=device,
+                dtype=dtype,
+            )
+            self.convs.append(_Branch(conv, make_norm(norm_layer, out_channels, device, dtype), act_layer()))
+        hidden = max(min_hidden, out_channels // reduction)
+        self.fc = nn.Linear(out_channels, hidden, bias=bias, device=device, dtype=dtype)
+        self.fc_bn = make_norm(norm_layer, hidden, device, dtype) if hidden_norm else None
+        self.fc_act = act_layer() if hidden_norm else None
+        self.fcs = nn.ModuleList(nn.Linear(hidden, out_channels, device=device, dtype=dtype) for _ in kernel_size)
+
+    def reset_parameters(self) -> None:
+        """The defaults of torch's layers, as published."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+                module.reset_parameters()
+
+    def _hidden(self, descriptor: Tensor) -> Tensor:
+        hidden: Tensor = self.fc(descriptor)
+        if self.fc_bn is None or self.fc_act is None:
+            return hidden
+        hidden = hidden[..., None, None]
+        if self.training and isinstance(self.fc_bn, nn.BatchNorm2d) and hidden.shape[0] == 1:
+            bn = self.fc_bn  # one value per channel has no variance: normalise as in eval
+            hidden = F.batch_norm(hidden, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+        else:
+            hidden = self.fc_bn(hidden)
+        activated: Tensor = self.fc_act(hidden)
+        return activated.flatten(1)
+
+    def _branches(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        features = [branch(x) for branch in self.convs]
+        hidden = self._hidden(branch_descriptor(features, impl=self.impl))
+        return features, torch.stack([fc(hidden) for fc in self.fcs], dim=1)  # logits (B, K, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
+        check_map(self, x, self.channels)
+        features, logits = self._branches(x)
+        return branch_select(features, logits, impl=self.impl)
+
+    def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
+        """`branch`: (B, K, C), each channel's weights over the branches."""
+        return {"branch": branch_weights(self._branches(x)[1])}
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        sizes = f"{self.channels}, {self.out_channels}, kernel_size={self.kernel_size}, dilated={self.dilated}"
+        return f"{sizes}, stride={self.stride}, groups={self.groups}"

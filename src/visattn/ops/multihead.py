@@ -1,0 +1,140 @@
+"""Multi-head attention with a mask and multiplicative weights.
+
+Paper: Attention Is All You Need, https://arxiv.org/abs/1706.03762
+Published code compared with: https://github.com/xmu-xiaoma666/External-Attention-pytorch
+at d75848e40233ed56fa503c888472bab8b17c568c (model/attention/SelfAttention.py)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from visattn.errors import check
+from visattn.ops._shared import choose, full_precision, upcast
+
+__all__ = ["multihead_attention", "multihead_weights"]
+
+
+def multihead_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    attention_weights: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The attention matrix `softmax(mask(weights * scale * q k^T))`, rows with no key left all zero.
+
+    Args:
+        query: (B, heads, Nq, D).
+        key: (B, heads, Nk, D).
+        attention_mask: Boolean, broadcastable to (B, heads, Nq, Nk); True means "do not attend".
+        attention_weights: Broadcastable to (B, heads, Nq, Nk); multiplies the scores before the mask.
+        scale: Default `1 / sqrt(D)`.
+
+    Returns:
+        (B, heads, Nq, Nk) in the dtype of `query`; scores and softmax of 16-bit inputs run in float32.
+
+    Example:
+        >>> multihead_weights(torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4)).shape
+        torch.Size([2, 3, 5, 7])
+    """
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    with full_precision(query):
+        scores = (upcast(query) * scale) @ upcast(key).transpose(-1, -2)
+    if attention_weights is not None:
+        scores = scores * attention_weights
+    if attention_mask is None:
+        return scores.softmax(dim=-1).to(query.dtype)
+    empty = attention_mask.all(dim=-1, keepdim=True)  # rows whose softmax would be 0 / 0
+    scores = scores.masked_fill(attention_mask & ~empty, -math.inf)
+    return scores.softmax(dim=-1).masked_fill(empty, 0.0).to(query.dtype)
+
+
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    attention_weights: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+) -> Tensor:
+    attention = multihead_weights(
+        query, key, attention_mask=attention_mask, attention_weights=attention_weights, scale=scale
+    )
+    if dropout_p > 0:
+        attention = F.dropout(attention, dropout_p)
+    return attention @ value
+
+
+def _auto(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    attention_weights: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+) -> Tensor:
+    if attention_weights is not None:  # torch's fused kernels know additive terms only
+        return _reference(query, key, value, attention_mask, attention_weights, scale, dropout_p)
+    if attention_mask is None:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
+    # What a fused kernel gives for a row without keys depends on the kernel: let it attend everywhere, then zero it.
+    empty = attention_mask.all(dim=-1, keepdim=True)
+    keep = ~attention_mask | empty  # torch's mask has the opposite meaning
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout_p, scale=scale)
+    return out.masked_fill(empty, 0.0)
+
+
+def multihead_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    attention_weights: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """`dropout(softmax(mask(weights * scale * q k^T))) v`.
+
+    A weight of 0 sets a score to 0, which does not remove the key: use the mask for that. A query with all keys
+    masked gives zeros, with finite gradients (the published code gives NaN).
+
+    Args:
+        query: (B, heads, Nq, D).
+        key: (B, heads, Nk, D).
+        value: (B, heads, Nk, E); E may differ from D.
+        attention_mask: Boolean, broadcastable to (B, heads, Nq, Nk); True means "do not attend".
+        attention_weights: Broadcastable to (B, heads, Nq, Nk); multiplies the scores before the mask.
+        scale: Default `1 / sqrt(D)`.
+        dropout_p: Share of attention entries dropped.
+        impl: "auto" (torch's fused attention where it applies) or "reference".
+
+    Returns:
+        (B, heads, Nq, E). Softmax of 16-bit inputs runs in float32.
+
+    Raises:
+        ValueError: Unknown `impl`, or a mask that is not boolean.
+
+    Example:
+        >>> q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 6)
+        >>> multihead_attention(q, k, v).shape
+        torch.Size([2, 3, 5, 6])
+    """
+    if attention_mask is not None:
+        check(
+            attention_mask.dtype == torch.bool,
+            "multihead_attention",
+            "attention_mask must be boolean, True where a key is not to be attended to",
+            dtype=attention_mask.dtype,
+        )
+    function = choose("multihead_attention", impl, {"auto": _auto, "reference": _reference})
+    return function(query, key, value, attention_mask, attention_weights, scale, dropout_p)
