@@ -19,6 +19,9 @@ from visattn.blocks import (
     SelectiveKernel,
     SqueezeWeight,
 )
+from visattn.capture import capture
+from visattn.registry import create, list_blocks
+from visattn.surgery import find_places, insert
 
 __version__ = "0.1.0"
 
@@ -41,4 +44,9 @@ __all__ = [
     "SelectiveKernel",
     "SqueezeWeight",
     "__version__",
+    "capture",
+    "create",
+    "find_places",
+    "insert",
+    "list_blocks",
 ]
