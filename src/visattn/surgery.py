@@ -59,7 +59,8 @@ class _OnLastChannels(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.permute(self.block(x.permute(0, 3, 1, 2)), (0, 2, 3, 1))
+        out: Tensor = self.block(x.permute(0, 3, 1, 2))
+        return out.permute(0, 2, 3, 1)
 
 
 class _OnGrid(nn.Module):
@@ -108,7 +109,8 @@ class Inserted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The host's output, moved towards the block's by the gate."""
         x: Tensor = self.host(*args, **kwargs)
-        return x + self.gate * (self.block(x) - x).to(x.dtype)
+        attended: Tensor = self.block(x)
+        return x + self.gate * (attended - x).to(x.dtype)
 
     def __getattr__(self, name: str) -> Any:
         try:

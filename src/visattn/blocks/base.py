@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from visattn.errors import check
 
-__all__ = ["Block", "NormLayer", "check_map", "check_tokens", "make_norm", "query_indices", "token_query_indices"]
+__all__ = [
+    "Block",
+    "NormLayer",
+    "check_map",
+    "check_tokens",
+    "layout_like",
+    "make_norm",
+    "query_indices",
+    "token_query_indices",
+]
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -53,6 +62,12 @@ def check_tokens(owner: object, x: Tensor, dim: int) -> None:
 def make_norm(norm_layer: NormLayer, channels: int, device: Any, dtype: Any) -> nn.Module:
     """Build a norm whose constructor knows channels only, then place it."""
     return norm_layer(channels).to(device=device, dtype=dtype)
+
+
+def layout_like(out: Tensor, x: Tensor) -> Tensor:
+    """`out` in the memory format of `x`: contiguous, or channels-last where `x` is that alone."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return out.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def query_indices(

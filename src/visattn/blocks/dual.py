@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visattn.blocks.base import Block, NormLayer, check_map, make_norm, query_indices
+from visattn.blocks.base import Block, NormLayer, check_map, layout_like, make_norm, query_indices
 from visattn.blocks.multihead import MultiHeadAttention
 from visattn.errors import check
 from visattn.ops.dual import channel_attention, channel_weights, position_attention, position_weights
@@ -354,7 +354,7 @@ class ProjectedPositionAttention(Block):
         """(B, C, H, W) to (B, C, H, W)."""
         check_map(self, x, self.channels)
         out: Tensor = self.pa(self.cnn(x).flatten(2).transpose(1, 2))
-        return out.transpose(1, 2).reshape(x.shape)
+        return layout_like(out.transpose(1, 2).reshape(x.shape), x)
 
     def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
         """`position`: (B, 1, Q, H, W), what the chosen positions attend to."""
@@ -435,7 +435,7 @@ class ProjectedChannelAttention(Block):
             shape=tuple(x.shape),
         )
         out: Tensor = self.pa(self.cnn(x).flatten(2))
-        return out.view(x.shape)
+        return layout_like(out.view(x.shape), x)
 
     def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
         """`channel`: (B, C, C), what each channel attends to."""

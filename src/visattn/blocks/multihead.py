@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visattn.blocks.base import Block, check_map, check_tokens, query_indices, token_query_indices
+from visattn.blocks.base import Block, check_map, check_tokens, layout_like, query_indices, token_query_indices
 from visattn.errors import check
 from visattn.ops.multihead import multihead_attention, multihead_weights
 
@@ -221,7 +221,7 @@ class MultiHeadAttention2d(Block):
         """(B, C, H, W) to (B, C, H, W)."""
         check_map(self, x, self.channels)
         out: Tensor = self.attention(x.flatten(2).transpose(1, 2))
-        return out.transpose(1, 2).reshape(x.shape)
+        return layout_like(out.transpose(1, 2).reshape(x.shape), x)
 
     def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
         """`position`: (B, heads, Q, H, W), what the chosen positions attend to."""

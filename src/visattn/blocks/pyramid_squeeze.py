@@ -99,7 +99,7 @@ class SqueezeWeight(Block):
 
     def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
         """`channel`: (B, C), the weight of each channel."""
-        return {"channel": self(x).flatten(1)}
+        return {"channel": self.forward(x).flatten(1)}
 
 
 class PyramidSqueezeAttention(Block):

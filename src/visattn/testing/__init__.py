@@ -1,0 +1,1 @@
+"""Helpers for testing blocks: an example of each, and the one tolerance."""
