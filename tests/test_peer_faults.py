@@ -188,12 +188,28 @@ def test_pyramid_scales_leave_in_reverse_order():
 @pytest.mark.parametrize(
     ("channels", "options", "message"),
     [
-        (32, {}, "out_channels // 4 must be divisible by max(groups), got out_channels=32, groups=(1, 4, 8, 16). Use a multiple of 64."),
-        (96, {}, "out_channels // 4 must be divisible by max(groups), got out_channels=96, groups=(1, 4, 8, 16). Use a multiple of 64."),
-        (32, {"groups": (1, 1, 1, 1)}, "out_channels // 4 must be at least reduction, got out_channels=32, reduction=16. Use a multiple of 64."),
-        (24, {"out_channels": 64}, "channels must be divisible by max(groups), got channels=24, groups=(1, 4, 8, 16). Use a multiple of 16."),
+        (
+            32,
+            {},
+            "out_channels // 4 must be divisible by max(groups), got out_channels=32, groups=(1, 4, 8, 16). Use a multiple of 64.",
+        ),
+        (
+            96,
+            {},
+            "out_channels // 4 must be divisible by max(groups), got out_channels=96, groups=(1, 4, 8, 16). Use a multiple of 64.",
+        ),
+        (
+            32,
+            {"groups": (1, 1, 1, 1)},
+            "out_channels // 4 must be at least reduction, got out_channels=32, reduction=16. Use a multiple of 64.",
+        ),
+        (
+            24,
+            {"out_channels": 64},
+            "channels must be divisible by max(groups), got channels=24, groups=(1, 4, 8, 16). Use a multiple of 16.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_pyramid_widths_that_do_not_fit_are_refused_with_a_remedy(channels, options, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole text is compared
         visattn.PyramidSqueezeAttention(channels, **options)

@@ -1,0 +1,253 @@
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import visattn
+from visattn.registry import MECHANISMS
+from visattn.surgery import Inserted
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, stride=2),
+        nn.Flatten(),
+    )
+
+
+NETWORKS = {
+    "timm resnet18": (lambda: timm.create_model("resnet18", num_classes=7), "layer4", (2, 3, 97, 65)),
+    "timm convnext": (lambda: timm.create_model("convnext_atto", num_classes=7), "stages.3", (2, 3, 97, 65)),
+    "timm vit": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=(64, 48)), "blocks.1*", (2, 3, 64, 48)),
+    "timm swin": (
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2, num_classes=7),
+        "layers.3",
+        (1, 3, 64, 64),
+    ),
+    "torchvision resnet50": (torchvision.models.resnet50, ["layer3", "layer4.1"], (1, 3, 65, 97)),
+    "torchvision vit": (
+        lambda: torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 128),
+        "encoder.layers.encoder_layer_1",
+        (2, 3, 32, 32),
+    ),
+    "plain": (small_net, "2", (2, 3, 9, 7)),
+}
+
+
+SMALL = ["timm resnet18", "timm convnext", "timm vit", "plain"]
+PAIRS = [(n, m) for n in NETWORKS for m in (MECHANISMS if n in SMALL else ["external", "dual"])]
+
+
+@pytest.mark.parametrize(("network", "mechanism"), PAIRS)
+def test_output_is_unchanged_and_removal_restores_every_bit(network, mechanism):
+    build, at, shape = NETWORKS[network]
+    net, x = build(), torch.randn(shape)
+    for index, parameter in enumerate(net.parameters()):
+        parameter.requires_grad_(index % 2 == 0)  # some weights frozen
+    net.train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    parameters = sum(p.numel() for p in net.parameters())
+    names = [name for name, _ in net.named_modules()]
+    frozen = [p.requires_grad for p in net.parameters()]
+    expected = net.eval()(x)
+    net.train()
+
+    record = visattn.insert(net, mechanism, at=at, sample=x)
+    assert record.max_difference == 0
+    assert str(record).endswith("max|output difference| = 0")
+    assert all(module.training for module in net.modules())
+    assert torch.equal(net.eval()(x), expected)
+    assert record.parameters_added == sum(p.numel() for p in net.parameters()) - parameters
+
+    record.remove()
+    after = net.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert [name for name, _ in net.named_modules()] == names
+    assert [p.requires_grad for p in net.parameters()] == frozen
+
+
+def test_record_says_what_went_where():
+    net = timm.create_model("resnet18")
+    record = visattn.insert(net, "dual", at="layer4", sample=torch.randn(1, 3, 64, 64))
+    assert str(record) == (
+        "Dual attention (dual) inserted at 1 place, 328,323 parameters added\n"
+        "  layer4  (512, 2, 2)      328,323 parameters\n"
+        "max|output difference| = 0"
+    )
+    assert record.gates() == {"layer4": 0.0}
+
+
+def test_timm_network_tells_its_own_sample():
+    record = visattn.insert(timm.create_model("resnet18"), "ea", at="layer4")
+    assert record.places[0].shape == (512, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("at", "expected"),
+    [
+        ("layer*", ["layer1", "layer2", "layer3", "layer4"]),
+        ("layer*.conv2", [f"layer{i}.{j}.conv2" for i in range(1, 5) for j in range(2)]),
+        (["layer1.?", "layer4"], ["layer1.0", "layer1.1", "layer4"]),
+    ],
+)
+def test_patterns_take_the_outermost_match(at, expected):
+    net = timm.create_model("resnet18")
+    record = visattn.insert(net, "dual_channel", at=at, sample=torch.randn(1, 3, 33, 65))
+    assert [place.name for place in record.places] == expected
+
+
+def test_no_match_lists_the_places_with_shapes():
+    with pytest.raises(
+        ValueError, match=r"at='layer9' matches no place\. Places: 0 \(64, 9, 7\), 1 \(64, 9, 7\), .*3 \(64, 4, 3\)\."
+    ):
+        visattn.insert(small_net(), "dual", at="layer9", sample=torch.randn(1, 3, 9, 7))
+    with pytest.raises(
+        ValueError, match=r"layer4 \(512, 2, 3\), and \d+ deeper ones \(visattn.find_places lists all\)"
+    ):
+        visattn.insert(timm.create_model("resnet18"), "dual", at="layer9", sample=torch.randn(1, 3, 64, 65))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"block": "dool"}, r"unknown block 'dool'\. Did you mean dual"),
+        ({"block": "dual_head"}, "is a part of a network"),
+        ({"block": "external_tokens"}, r"takes tokens \(B, N, C\), 2 gives a map \(64, 9, 7\)"),
+        ({"sample": None}, "Give sample=, one input of the network"),
+        ({"block": "epsa", "reduction": 99}, "must be at least reduction"),
+    ],
+)
+def test_what_cannot_be_done_leaves_the_network_alone(arguments, message):
+    net = small_net()
+    with pytest.raises(ValueError, match=message):
+        visattn.insert(net, **{"block": "dual", "at": "2", "sample": torch.randn(1, 3, 9, 7), **arguments})
+    assert not any(isinstance(module, Inserted) for module in net.modules())
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_a_block_that_breaks_the_network_is_taken_out_again():
+    class Broken(nn.Module):
+        def forward(self, x):
+            return x + math.inf
+
+    net = small_net()
+    with pytest.raises(RuntimeError, match="the output changed by inf on the sample, so the insertion was undone"):
+        visattn.insert(net, lambda channels: Broken(), at="2", sample=torch.randn(1, 3, 9, 7))
+    assert isinstance(net[2], nn.ReLU)
+
+
+def test_token_blocks_serve_tokens_and_map_blocks_the_patch_grid():
+    net = timm.create_model("vit_tiny_patch16_224", img_size=(64, 48), dynamic_img_size=True)
+    x = torch.randn(1, 3, 64, 48)
+    tokens = visattn.insert(net, "ea", at="blocks.1", sample=x)
+    assert isinstance(net.blocks[1].block, visattn.ExternalAttention)
+    tokens.remove()
+    visattn.insert(net, "sk", at="blocks.1", sample=x)
+    assert net.blocks[1].block.grid == (4, 3)
+    net.eval()
+    assert net(torch.randn(1, 3, 80, 80)).shape == (1, 1000)  # another, square grid
+    with pytest.raises(ValueError, match="neither the 4 x 3 grid it was inserted for nor a square"):
+        net(torch.randn(1, 3, 80, 64))
+
+
+def test_checkpoints_from_before_the_insertion_load():
+    net = small_net()
+    saved = copy.deepcopy(net.state_dict())
+    visattn.insert(net, "dual", at="3", sample=torch.randn(1, 3, 9, 7))
+    with torch.no_grad():
+        net[3].host.weight.zero_()
+    keys = net.load_state_dict(saved, strict=False)
+    assert not keys.unexpected_keys
+    assert {key.split(".")[1] for key in keys.missing_keys} == {"gate", "block"}
+    assert torch.equal(net[3].host.weight, saved["3.weight"])
+    buffer = io.BytesIO()
+    torch.save(net.state_dict(), buffer)
+    buffer.seek(0)
+    twin = small_net()
+    visattn.insert(twin, "dual", at="3", sample=torch.randn(1, 3, 9, 7))
+    twin.load_state_dict(torch.load(buffer, weights_only=True))
+
+
+def test_network_stays_a_network():
+    net, x = small_net().eval(), torch.randn(2, 3, 9, 7)
+    visattn.insert(net, "mhsa", at="0", sample=x)
+    with torch.no_grad():
+        net[0].gate.fill_(0.3)
+        nn.init.normal_(net[0].block.attention.fc_o.weight)
+    expected = net(x)
+    assert torch.equal(copy.deepcopy(net)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x), expected)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    assert net[0].weight.shape == (64, 3, 3, 3)  # attributes of the host stay reachable
+    assert timm.create_model("resnet18").layer4[0]
+    resnet = timm.create_model("resnet18")
+    visattn.insert(resnet, "ea", at="layer4", sample=torch.randn(1, 3, 64, 64))
+    assert resnet.layer4[1].conv1.in_channels == 512
+
+
+def test_distributed_data_parallel_trains_every_inserted_parameter(tmp_path):
+    net, x = small_net(), torch.randn(2, 3, 9, 7)
+    visattn.insert(net, "dual", at="2", sample=x)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(net)
+        parallel(x).square().sum().backward()
+        assert all(p.grad is not None for p in net.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_gate_opens_in_training_and_the_host_learns_as_before():
+    net, x = small_net(), torch.randn(4, 3, 9, 7)
+    plain = copy.deepcopy(net)
+    record = visattn.insert(net, "sk", at="2", sample=x)
+    for model in (net, plain):
+        model(x).square().sum().backward()
+    torch.testing.assert_close(net[0].weight.grad, plain[0].weight.grad)
+    torch.optim.SGD(net.parameters(), lr=1e-3).step()
+    assert record.gates()["2"] != 0
+
+
+def test_insertions_nest_and_come_out_in_reverse_order():
+    net, x = small_net(), torch.randn(2, 3, 9, 7)
+    first = visattn.insert(net, "dual", at="2", sample=x)
+    second = visattn.insert(net, "ea", at="2", sample=x)
+    with pytest.raises(RuntimeError, match="a later insertion has to be removed first"):
+        first.remove()
+    second.remove()
+    first.remove()
+    assert isinstance(net[2], nn.ReLU)
+
+
+def test_half_precision_network_gets_a_half_precision_block():
+    net, x = small_net().bfloat16(), torch.randn(1, 3, 9, 7, dtype=torch.bfloat16)
+    visattn.insert(net, "dual", at="2", sample=x)
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    assert net(x).dtype == torch.bfloat16
+
+
+def test_sample_can_be_arguments():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+
+        def forward(self, left, right):
+            return {"out": [self.conv(left) + self.conv(right)]}
+
+    pair = {"left": torch.randn(1, 3, 5, 7), "right": torch.randn(1, 3, 5, 7)}
+    for sample in (pair, tuple(pair.values())):
+        net = Two()
+        assert visattn.insert(net, "dual", at="conv", sample=sample).max_difference == 0
