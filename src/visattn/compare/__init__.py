@@ -1,0 +1,1 @@
+"""The comparison of mechanisms: plan, trials, results, report."""

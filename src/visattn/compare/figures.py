@@ -1,0 +1,221 @@
+"""The plots of the report as inline SVG; drawn on Figure objects, without pyplot or a change of matplotlib's state."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
+
+from visattn.compare.reading import Arm, Trial
+
+__all__ = ["Look", "accuracy_against_latency", "learning_curves", "looks", "ticks"]
+
+# Colours that follow the reader's light or dark scheme: the page defines the variables.
+_INK, _MUTED, _GRID = "#101112", "#707172", "#d0d1d2"
+_PLAIN, _CONTROL = "#606162", "#202122"
+_CSS = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _GRID: "var(--line)",
+    _PLAIN: "var(--plain)",
+    _CONTROL: "var(--control)",
+}
+
+# Okabe and Ito's palette without black and yellow (the neutral arms are grey; yellow fades on white).
+_PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
+_MARKERS = ("^", "D", "v", "P", "X", "p")
+
+_SMALL = 10.5  # text size in points at the width the figure is drawn for
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one arm is drawn in every figure."""
+
+    colour: str
+    marker: str
+
+    @property
+    def css(self) -> str:
+        """The colour for a style sheet."""
+        return _CSS.get(self.colour, self.colour)
+
+
+def looks(arms: Sequence[Arm]) -> dict[str, Look]:
+    """Colour and marker by arm: grey circle for plain, dark square for the control, a colour for each mechanism."""
+    result = {}
+    mechanisms = 0
+    for arm in arms:
+        if arm.kind == "mechanism":
+            turn = mechanisms + mechanisms // len(_PALETTE)  # colours repeat with another marker
+            result[arm.name] = Look(_PALETTE[mechanisms % len(_PALETTE)], _MARKERS[turn % len(_MARKERS)])
+            mechanisms += 1
+        else:
+            result[arm.name] = Look(_PLAIN, "o") if arm.kind == "plain" else Look(_CONTROL, "s")
+    return result
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round tick values inside a range."""
+    return [float(value) for value in MaxNLocator(nbins=count).tick_values(low, high) if low <= value <= high]
+
+
+def accuracy_against_latency(arms: Sequence[Arm], batch: str, look: dict[str, Look]) -> str | None:
+    """Top-1 against median latency, one labelled point per arm; None where fewer than two arms have both."""
+    points = []
+    for arm in arms:
+        x = arm.cost.latency_ms.get(batch, (math.nan, math.nan))[0] if arm.cost else math.nan
+        ys = [100 * trial.top1 for trial in arm.trials.values() if math.isfinite(trial.top1)]
+        if ys and math.isfinite(x) and x > 0:
+            points.append((arm, x, ys))
+    if len(points) < 2:
+        return None
+    figure, axes = _axes(width=5.4, height=3.9 + 0.12 * max(0, len(points) - 8))
+    for arm, x, ys in points:
+        colour, mean = look[arm.name].colour, sum(ys) / len(ys)
+        axes.plot([x, x], [min(ys), max(ys)], color=colour, linewidth=1.5, alpha=0.45, solid_capstyle="round")
+        axes.plot([x], [mean], look[arm.name].marker, color=colour, markersize=8, markeredgewidth=0)
+    _scale(axes, [x for _, x, _ in points])
+    axes.margins(x=0.08, y=0.1)
+    axes.set_xlabel(f"latency, median of one batch of {batch} in ms", color=_MUTED, fontsize=_SMALL)
+    axes.set_ylabel("top-1 in %", color=_MUTED, fontsize=_SMALL)
+    _place_labels(figure, axes, [(_short(arm.title), x, sum(ys) / len(ys), min(ys), max(ys)) for arm, x, ys in points])
+    means = "; ".join(f"{arm.title}: {x:.2f} ms, {sum(ys) / len(ys):.1f}%" for arm, x, ys in points)
+    return _svg(figure, f"Top-1 accuracy against median latency at batch {batch}. {means}.", f"latency {batch}")
+
+
+def learning_curves(
+    arm: Arm, plain: Arm, look: dict[str, Look], limits: tuple[float, float], last_epoch: int
+) -> str | None:
+    """Validation top-1 by epoch: mean over seeds and the band from lowest to highest, with plain behind it."""
+    if not any(math.isfinite(epoch.val_top1) for trial in arm.trials.values() for epoch in trial.epochs):
+        return None
+    figure, axes = _axes(width=3.7, height=2.25)
+    for contender in (arm,) if arm is plain else (plain, arm):
+        colour, front = look[contender.name].colour, contender is arm
+        epochs, mean, low, high = _curve(list(contender.trials.values()))
+        if front:
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.22, linewidth=0)
+        style = "-" if len(epochs) > 2 else "o-"
+        axes.plot(epochs, mean, style, color=colour, linewidth=2 if front else 1.3, markersize=4, zorder=2 + front)
+    axes.set_ylim(*limits)
+    axes.set_xlim(1 - 0.02 * last_epoch, last_epoch + 0.02 * last_epoch)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes.set_xlabel("epoch", color=_MUTED, fontsize=_SMALL)
+    axes.set_ylabel("top-1 in %", color=_MUTED, fontsize=_SMALL)
+    epochs, mean, _, _ = _curve(list(arm.trials.values()))
+    text = f"Learning curve of {arm.title}: validation top-1 {mean[0]:.1f}% after epoch {epochs[0]}"
+    return _svg(figure, f"{text}, {mean[-1]:.1f}% after epoch {epochs[-1]}.", f"curve {arm.name}")
+
+
+def _curve(trials: Sequence[Trial]) -> tuple[list[int], list[float], list[float], list[float]]:
+    by_epoch: dict[int, list[float]] = {}
+    for trial in trials:
+        for epoch in trial.epochs:
+            if math.isfinite(epoch.val_top1):
+                by_epoch.setdefault(epoch.number, []).append(100 * epoch.val_top1)
+    epochs = sorted(by_epoch)
+    values = [by_epoch[epoch] for epoch in epochs]
+    return epochs, [sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=72, layout="constrained", facecolor="none")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(facecolor="none")
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_GRID)
+    axes.tick_params(colors=_MUTED, labelsize=_SMALL, length=0, pad=5)
+    return figure, axes
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    if max(values) > 20 * min(values):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _short(text: str, limit: int = 26) -> str:
+    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+
+
+def _place_labels(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float, float, float]]) -> None:
+    """Put every label at the free spot nearest to its point; a thin line leads to one that had to move away."""
+    figure.canvas.draw()  # the layout settles where a data coordinate is on the page, and stays
+    figure.set_layout_engine("none")
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    frame = axes.get_window_extent(renderer)
+    taken = []
+    for _, x, mean, low, high in points:
+        (px, py), (_, bottom), (_, top) = axes.transData.transform([(x, mean), (x, low), (x, high)])
+        taken += [(px - 6, py - 6, px + 6, py + 6), (px - 2, bottom, px + 2, top)]
+    for label, x, mean, _, _ in sorted(points, key=lambda point: -point[2]):
+        px, py = axes.transData.transform((x, mean))
+        text = axes.text(0, 0, label, fontsize=_SMALL, color=_INK, parse_math=False, va="bottom", in_layout=False)
+        size = text.get_window_extent(renderer)
+        left, bottom = _nearest_free_spot((px, py), (size.width, size.height), frame, np.array(taken))
+        text.set_transform(None)
+        text.set_position((left, bottom))
+        box = (left, bottom, left + size.width, bottom + size.height)
+        end = (min(max(px, box[0]), box[2]), min(max(py, box[1] + 3), box[3] - 3))
+        if math.hypot(end[0] - px, end[1] - py) > 14:
+            line = axes.plot([px, end[0]], [py, end[1]], color=_MUTED, linewidth=0.6, zorder=1, transform=None)[0]
+            line.set_in_layout(False)
+            steps = np.linspace(0, 1, 12)
+            taken += [(x, y, x + 1, y + 1) for x, y in zip(px + (end[0] - px) * steps, py + (end[1] - py) * steps)]
+        taken.append(box)
+
+
+def _nearest_free_spot(
+    point: tuple[float, float], size: tuple[float, float], frame: Bbox, taken: np.ndarray
+) -> tuple[float, float]:
+    lefts, bottoms = np.meshgrid(
+        np.arange(frame.x0, frame.x1 - size[0], 3.0), np.arange(frame.y0 + 2, frame.y1 - size[1], 3.0)
+    )
+    lefts, bottoms = lefts.ravel(), bottoms.ravel()
+    rights, tops = lefts + size[0], bottoms + size[1]
+    dx = np.maximum(0, np.maximum(lefts - point[0], point[0] - rights))
+    dy = np.maximum(0, np.maximum(bottoms + 3 - point[1], point[1] - tops + 3))
+    off_centre = abs(bottoms + size[1] / 2 - point[1]) * 0.15 + (rights < point[0]) * 2  # beside, to the right first
+    covered = np.zeros_like(lefts)
+    for x0, y0, x1, y1 in taken:
+        width = np.clip(np.minimum(rights + 2, x1) - np.maximum(lefts - 2, x0), 0, None)
+        covered += width * np.clip(np.minimum(tops, y1) - np.maximum(bottoms, y0), 0, None)
+    best = int(np.argmin(np.hypot(dx, dy) + off_centre + 1000 * covered))
+    return float(lefts[best]), float(bottoms[best])
+
+
+def _svg(figure: Figure, description: str, salt: str) -> str:
+    """The figure as an `<svg>` element that takes text font and scheme colours from the page around it."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "text.usetex": False}):
+        figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    for sentinel, variable in _CSS.items():
+        svg = svg.replace(sentinel, variable)
+    width, height = (round(72 * float(side)) for side in figure.get_size_inches())
+    head = f'<svg role="img" aria-label="{escape(description)}" viewBox="0 0 {width} {height}" class="plot"'
+    return re.sub(r"<svg[^>]*>", f'{head} xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1)
