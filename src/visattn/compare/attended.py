@@ -86,7 +86,8 @@ def attended(arms: Sequence[Arm], classes: Sequence[str]) -> list[Attended]:
         arms: The arms of the run.
         classes: Class names, by label.
     """
-    return [_attended(arm, arm.examples, classes) for arm in arms if arm.examples is not None and arm.examples.labels]
+    shown = [_attended(arm, arm.examples, classes) for arm in arms if arm.examples is not None and arm.examples.labels]
+    return sorted(shown, key=lambda arm: bool(arm.rows))  # those with answers alone first
 
 
 def pictures(shown: Sequence[Attended]) -> list[Picture]:
@@ -118,7 +119,7 @@ def _attended(arm: Arm, examples: Examples, classes: Sequence[str]) -> Attended:
         pictures=tuple(_picture(image) for image in examples.images[:SHOWN]),
         truths=tuple(name(label) for label in labels),
         answers=tuple(name(prediction) for prediction in predictions),
-        right=tuple(label == prediction for label, prediction in zip(labels, predictions)),
+        right=tuple(label == prediction for label, prediction in zip(labels, predictions, strict=True)),
         query=examples.query,
         rows=tuple(rows),
         places=len(places),
@@ -136,10 +137,15 @@ def _cell(kind: str, values: npt.NDArray[Any], place: str, all_maps: npt.NDArray
         return Cell(kind, "", tuple(max(0.0, share) / top for share in (*shares, 1 / len(shares))), "", text)
     low, high, mean = float(values.min()), float(values.max()), float(values.mean())
     if kind == "channel":
-        return Cell(kind, _channel(values), (), f"{low:.2g} to {high:.2g}", f"weights from {low:.2g} to {high:.2g}")
+        span = f"{_weight(low)} to {_weight(high)}"
+        return Cell("gates" if values.ndim == 1 else kind, _channel(values), (), span, f"weights from {span}")
     peak = high / mean if mean > 0 else math.nan
-    caption = f"peak {peak:.1f}×" if math.isfinite(peak) else ""
+    caption = f"peak {peak:.1f}x" if math.isfinite(peak) else ""
     return Cell(kind, _heat(values), (), caption, f"peak {peak:.1f} times the mean weight")
+
+
+def _weight(value: float) -> str:
+    return f"{value:.2g}" if abs(value) >= 1e-4 else "0"
 
 
 def _picture(image: npt.NDArray[np.uint8]) -> Picture:
@@ -150,11 +156,12 @@ def _picture(image: npt.NDArray[np.uint8]) -> Picture:
 
 
 def _heat(weights: npt.NDArray[Any]) -> str:
-    """Weights as a transparent overlay; full strength is the peak, or twice the mean where the map is flatter."""
-    strength = np.clip(weights, 0, None) / max(float(weights.max()), 2 * float(weights.mean()), 1e-30)
+    """Weights above the mean as an overlay; full strength is the peak, or twice the mean where the map is flatter."""
+    mean = float(weights.mean())
+    strength = np.clip((weights - mean) / max(float(weights.max()) - mean, abs(mean), 1e-30), 0, 1)
     pixels = np.empty((*weights.shape, 4), np.uint8)
     pixels[..., :3] = _WARM
-    pixels[..., 3] = np.round(215 * strength).astype(np.uint8)
+    pixels[..., 3] = np.round(230 * strength).astype(np.uint8)
     overlay = Image.fromarray(pixels)
     overlay.thumbnail((_SIDE, _SIDE))
     return _png(overlay)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -36,6 +39,8 @@ _CSS = {
 _PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
 _MARKERS = ("^", "D", "v", "P", "X", "p")
 
+_FIRM, _SOFT = 1000.0, 0.3  # cost of a square point of a label over a marker or label, and over a thin line
+
 _SMALL = 10.5  # text size in points at the width the figure is drawn for
 
 
@@ -50,6 +55,18 @@ class Look:
     def css(self) -> str:
         """The colour for a style sheet."""
         return _CSS.get(self.colour, self.colour)
+
+
+@dataclass(frozen=True)
+class _Label:
+    """A text and the point it belongs to, in data coordinates; the point's line runs from `low` to `high`."""
+
+    text: str
+    colour: str
+    x: float
+    mean: float
+    low: float
+    high: float
 
 
 def looks(arms: Sequence[Arm]) -> dict[str, Look]:
@@ -68,7 +85,11 @@ def looks(arms: Sequence[Arm]) -> dict[str, Look]:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round tick values inside a range."""
-    return [float(value) for value in MaxNLocator(nbins=count).tick_values(low, high) if low <= value <= high]
+    return [float(value) for value in _round_steps(count).tick_values(low, high) if low <= value <= high]
+
+
+def _round_steps(count: int, **options: Any) -> MaxNLocator:
+    return MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10], **options)
 
 
 def accuracy_against_latency(arms: Sequence[Arm], batch: str, look: dict[str, Look]) -> str | None:
@@ -81,16 +102,23 @@ def accuracy_against_latency(arms: Sequence[Arm], batch: str, look: dict[str, Lo
             points.append((arm, x, ys))
     if len(points) < 2:
         return None
-    figure, axes = _axes(width=5.4, height=3.9 + 0.12 * max(0, len(points) - 8))
+    figure, axes = _axes(width=5.1, height=4.2 + 0.15 * max(0, len(points) - 8))
     for arm, x, ys in points:
         colour, mean = look[arm.name].colour, sum(ys) / len(ys)
         axes.plot([x, x], [min(ys), max(ys)], color=colour, linewidth=1.5, alpha=0.45, solid_capstyle="round")
         axes.plot([x], [mean], look[arm.name].marker, color=colour, markersize=8, markeredgewidth=0)
     _scale(axes, [x for _, x, _ in points])
-    axes.margins(x=0.08, y=0.1)
+    axes.margins(x=0.06, y=0.1)
+    left, right = axes.get_xlim()
+    if axes.get_xscale() == "linear":
+        axes.set_xlim(left, right + 0.35 * (right - left))  # room for the labels of the slowest arms
     axes.set_xlabel(f"latency, median of one batch of {batch} in ms", color=_MUTED, fontsize=_SMALL)
     axes.set_ylabel("top-1 in %", color=_MUTED, fontsize=_SMALL)
-    _place_labels(figure, axes, [(_short(arm.title), x, sum(ys) / len(ys), min(ys), max(ys)) for arm, x, ys in points])
+    labels = [
+        _Label(_short(arm.title), look[arm.name].colour, x, sum(ys) / len(ys), min(ys), max(ys))
+        for arm, x, ys in points
+    ]
+    _place_labels(figure, axes, labels)
     means = "; ".join(f"{arm.title}: {x:.2f} ms, {sum(ys) / len(ys):.1f}%" for arm, x, ys in points)
     return _svg(figure, f"Top-1 accuracy against median latency at batch {batch}. {means}.", f"latency {batch}")
 
@@ -101,7 +129,7 @@ def learning_curves(
     """Validation top-1 by epoch: mean over seeds and the band from lowest to highest, with plain behind it."""
     if not any(math.isfinite(epoch.val_top1) for trial in arm.trials.values() for epoch in trial.epochs):
         return None
-    figure, axes = _axes(width=3.7, height=2.25)
+    figure, axes = _axes(width=3.1, height=2.0)
     for contender in (arm,) if arm is plain else (plain, arm):
         colour, front = look[contender.name].colour, contender is arm
         epochs, mean, low, high = _curve(list(contender.trials.values()))
@@ -111,8 +139,8 @@ def learning_curves(
         axes.plot(epochs, mean, style, color=colour, linewidth=2 if front else 1.3, markersize=4, zorder=2 + front)
     axes.set_ylim(*limits)
     axes.set_xlim(1 - 0.02 * last_epoch, last_epoch + 0.02 * last_epoch)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes.xaxis.set_major_locator(_round_steps(5, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(_round_steps(4))
     axes.set_xlabel("epoch", color=_MUTED, fontsize=_SMALL)
     axes.set_ylabel("top-1 in %", color=_MUTED, fontsize=_SMALL)
     epochs, mean, _, _ = _curve(list(arm.trials.values()))
@@ -150,60 +178,72 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.xaxis.set_major_locator(_round_steps(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.yaxis.set_major_locator(_round_steps(6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _short(text: str, limit: int = 26) -> str:
-    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+def _short(text: str) -> str:
+    """A label of at most two narrow lines."""
+    return "\n".join(textwrap.wrap(text, 17, max_lines=2, placeholder="…"))
 
 
-def _place_labels(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float, float, float]]) -> None:
+def _place_labels(figure: Figure, axes: Axes, points: Sequence[_Label]) -> None:
     """Put every label at the free spot nearest to its point; a thin line leads to one that had to move away."""
     figure.canvas.draw()  # the layout settles where a data coordinate is on the page, and stays
     figure.set_layout_engine("none")
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     frame = axes.get_window_extent(renderer)
+    centres = axes.transData.transform([(point.x, point.mean) for point in points])
     taken = []
-    for _, x, mean, low, high in points:
-        (px, py), (_, bottom), (_, top) = axes.transData.transform([(x, mean), (x, low), (x, high)])
-        taken += [(px - 6, py - 6, px + 6, py + 6), (px - 2, bottom, px + 2, top)]
-    for label, x, mean, _, _ in sorted(points, key=lambda point: -point[2]):
-        px, py = axes.transData.transform((x, mean))
-        text = axes.text(0, 0, label, fontsize=_SMALL, color=_INK, parse_math=False, va="bottom", in_layout=False)
+    for point, (x, y) in zip(points, centres, strict=True):
+        bottom, top = (float(axes.transData.transform((point.x, end))[1]) for end in (point.low, point.high))
+        taken += [(x - 7, y - 6, x + 7, y + 6, _FIRM), (x - 1, bottom, x + 1, top, _SOFT)]
+    for turn in np.argsort(-centres[:, 0]):  # the slowest first: they have the least room
+        point, (x, y) = points[turn], centres[turn]
+        text = axes.text(0, 0, point.text, fontsize=_SMALL, color=_INK, parse_math=False, va="bottom", linespacing=1.05)
+        text.set_in_layout(False)
         size = text.get_window_extent(renderer)
-        left, bottom = _nearest_free_spot((px, py), (size.width, size.height), frame, np.array(taken))
+        others = np.delete(centres, turn, axis=0)
+        left, bottom = _free_spot((x, y), (size.width, size.height), frame, np.array(taken), others)
         text.set_transform(None)
         text.set_position((left, bottom))
-        box = (left, bottom, left + size.width, bottom + size.height)
-        end = (min(max(px, box[0]), box[2]), min(max(py, box[1] + 3), box[3] - 3))
-        if math.hypot(end[0] - px, end[1] - py) > 14:
-            line = axes.plot([px, end[0]], [py, end[1]], color=_MUTED, linewidth=0.6, zorder=1, transform=None)[0]
+        taken.append((left, bottom, left + size.width, bottom + size.height, _FIRM))
+        end = (min(max(x, left - 2), left + size.width + 2), min(max(y, bottom + 3), bottom + size.height - 3))
+        if math.hypot(end[0] - x, end[1] - y) > 12:
+            line = axes.plot([x, end[0]], [y, end[1]], color=point.colour, linewidth=0.8, zorder=1, transform=None)[0]
             line.set_in_layout(False)
-            steps = np.linspace(0, 1, 12)
-            taken += [(x, y, x + 1, y + 1) for x, y in zip(px + (end[0] - px) * steps, py + (end[1] - py) * steps)]
-        taken.append(box)
+            for step in np.linspace(0.3, 1, 9):
+                at = (x + (end[0] - x) * step, y + (end[1] - y) * step)
+                taken.append((*at, at[0] + 1, at[1] + 1, _SOFT))
 
 
-def _nearest_free_spot(
-    point: tuple[float, float], size: tuple[float, float], frame: Bbox, taken: np.ndarray
+def _free_spot(
+    point: tuple[float, float],
+    size: tuple[float, float],
+    frame: Bbox,
+    taken: npt.NDArray[np.float64],
+    others: npt.NDArray[np.float64],
 ) -> tuple[float, float]:
-    lefts, bottoms = np.meshgrid(
-        np.arange(frame.x0, frame.x1 - size[0], 3.0), np.arange(frame.y0 + 2, frame.y1 - size[1], 3.0)
-    )
-    lefts, bottoms = lefts.ravel(), bottoms.ravel()
-    rights, tops = lefts + size[0], bottoms + size[1]
-    dx = np.maximum(0, np.maximum(lefts - point[0], point[0] - rights))
-    dy = np.maximum(0, np.maximum(bottoms + 3 - point[1], point[1] - tops + 3))
-    off_centre = abs(bottoms + size[1] / 2 - point[1]) * 0.15 + (rights < point[0]) * 2  # beside, to the right first
-    covered = np.zeros_like(lefts)
-    for x0, y0, x1, y1 in taken:
-        width = np.clip(np.minimum(rights + 2, x1) - np.maximum(lefts - 2, x0), 0, None)
-        covered += width * np.clip(np.minimum(tops, y1) - np.maximum(bottoms, y0), 0, None)
-    best = int(np.argmin(np.hypot(dx, dy) + off_centre + 1000 * covered))
-    return float(lefts[best]), float(bottoms[best])
+    """Left and bottom of the free box of this size that is near its point and not nearer to another one."""
+    grid = np.meshgrid(np.arange(frame.x0, frame.x1 - size[0], 2.0), np.arange(frame.y0 + 2, frame.y1 - size[1], 2.0))
+    left, bottom = grid[0].ravel(), grid[1].ravel()
+    right, top = left + size[0], bottom + size[1]
+
+    def distance(x: float, y: float) -> npt.NDArray[np.float64]:
+        across = np.maximum(0, np.maximum(left - x, x - right))
+        return np.hypot(across, np.maximum(0, np.maximum(bottom + 4 - y, y - top + 4)))
+
+    own = distance(*point)
+    cost = own + 0.15 * abs(bottom + size[1] / 2 - point[1]) + 2.0 * (left < point[0])  # beside it, to the right first
+    for x, y in others:
+        cost += 0.8 * np.clip(own + 12 - distance(x, y), 0, None)
+    for x0, y0, x1, y1, weight in taken:
+        width = np.clip(np.minimum(right + 2, x1) - np.maximum(left - 2, x0), 0, None)
+        cost += weight * width * np.clip(np.minimum(top, y1) - np.maximum(bottom, y0), 0, None)
+    best = int(np.argmin(cost))
+    return float(left[best]), float(bottom[best])
 
 
 def _svg(figure: Figure, description: str, salt: str) -> str:

@@ -16,11 +16,13 @@ from typing import Any
 from visattn.compare.reading import Arm, Run, read_run
 from visattn.compare.statistics import LEVEL, Interval
 from visattn.compare.summary import Summary, answer, limits, summarise
+from visattn.compare.verdicts import number, signed
 from visattn.errors import UserError, require
 
 __all__ = ["write_report"]
 
 BATCHES = ("1", "32")
+NOTHING = "\N{EN DASH}"  # an empty cell
 FLOPS_CONVENTION = "FLOPs: one image, forward pass, one multiply-add counted as 2"
 
 
@@ -59,7 +61,9 @@ def _write_whole(path: Path, content: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"report: {path} could not be written: {error.strerror}. Make room or allow writing.") from error
+        raise UserError(
+            f"report: {path} could not be written: {error.strerror}. Make room or allow writing."
+        ) from error
 
 
 def _csv(run: Run, summaries: Sequence[Summary]) -> str:
@@ -115,22 +119,22 @@ def _whole(value: float) -> str:
 
 @dataclass(frozen=True)
 class _Row:
-    """One arm in the table of results: its summary and the text of every cell."""
+    """One arm in the table of results: its summary and, for every cell, the value and a second line."""
 
     summary: Summary
-    cells: tuple[str, ...]
+    cells: tuple[tuple[str, str], ...]
 
 
 COLUMNS = (
-    ("Top-1, %", "mean ± 95% CI"),
+    ("Top-1", "%, 95% CI"),
     ("Over plain", "points, 95% CI"),
     ("Over control", "points, 95% CI"),
     ("Seeds", "finished"),
     ("Parameters", "in all"),
     ("FLOPs", "per image"),
-    ("Training", "mean per seed"),
-    ("Latency, batch 1", "p50 / p90, ms"),
-    ("Latency, batch 32", "p50 / p90, ms"),
+    ("Training", "per seed"),
+    ("Latency, batch 1", "p50, p90, ms"),
+    ("Latency, batch 32", "p50, p90, ms"),
     ("Peak memory", "MiB"),
 )
 
@@ -144,37 +148,37 @@ def _rows(run: Run, summaries: Sequence[Summary]) -> list[_Row]:
             _accuracy(summary),
             _difference(summary.plain),
             _difference(summary.control),
-            f"{summary.top1.count} of {len(run.seeds)}",
-            _amount(cost.parameters if cost else math.nan),
-            _amount(cost.flops if cost else math.nan),
-            _duration(summary.seconds),
-            *(f"{_figure(p50)} / {_figure(p90)}" if math.isfinite(p50) else "–" for p50, p90 in latencies),
-            _figure(cost.peak_memory_mib if cost else math.nan),
+            (f"{summary.top1.count} of {len(run.seeds)}", ""),
+            (_amount(cost.parameters if cost else math.nan), ""),
+            (_amount(cost.flops if cost else math.nan), ""),
+            (_duration(summary.seconds), ""),
+            *((_figure(p50), f"p90 {_figure(p90)}" if math.isfinite(p90) else "") for p50, p90 in latencies),
+            (_figure(cost.peak_memory_mib if cost else math.nan), ""),
         )
         rows.append(_Row(summary, cells))
     return rows
 
 
-def _accuracy(summary: Summary) -> str:
+def _accuracy(summary: Summary) -> tuple[str, str]:
     top1 = summary.top1
     if top1.count == 0:
-        return "failed" if summary.arm.failures else "–"
+        return ("failed" if summary.arm.failures else NOTHING), ""
     if top1.low is None:
-        return f"{top1.mean:.1f} (one seed)" if top1.count == 1 else f"{top1.mean:.1f} (same in {top1.count})"
-    return f"{top1.mean:.1f} ± {top1.mean - top1.low:.1f}"
+        return f"{top1.mean:.1f}", "one seed, no CI" if top1.count == 1 else "no spread, no CI"
+    return f"{top1.mean:.1f}", f"± {number(top1.mean - top1.low)}"
 
 
-def _difference(interval: Interval | None) -> str:
+def _difference(interval: Interval | None) -> tuple[str, str]:
     if interval is None or interval.count == 0:
-        return "–"
-    if interval.low is None:
-        return f"{interval.mean:+.1f} (no CI)"
-    return f"{interval.mean:+.1f} ({interval.low:+.1f} to {interval.high:+.1f})"
+        return NOTHING, ""
+    if interval.low is None or interval.high is None:
+        return signed(interval.mean), "no CI"
+    return signed(interval.mean), f"{signed(interval.low)} to {signed(interval.high)}"
 
 
 def _amount(value: float) -> str:
     if not math.isfinite(value):
-        return "–"
+        return NOTHING
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g} {unit}" if value < 999.5 * size else f"{value / size:.0f} {unit}"
@@ -183,13 +187,13 @@ def _amount(value: float) -> str:
 
 def _figure(value: float) -> str:
     if not math.isfinite(value):
-        return "–"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        return NOTHING
+    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def _duration(seconds: float) -> str:
     if not math.isfinite(seconds):
-        return "–"
+        return NOTHING
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes = round(seconds / 60)
@@ -252,7 +256,7 @@ def _dataset(dataset: dict[str, Any]) -> dict[str, str]:
     if dataset.get("train") is not None:
         rows["images"] = f"{dataset['train']} for training, {dataset.get('val', '?')} for validation"
     if isinstance(dataset.get("image_size"), list):
-        size = " × ".join(str(side) for side in dataset["image_size"])
+        size = " x ".join(str(side) for side in dataset["image_size"])
         rows["image size"] = f"{size}, {dataset.get('channels', '?')} channels" if dataset.get("channels") else size
     classes = dataset.get("classes")
     if isinstance(classes, list) and classes:

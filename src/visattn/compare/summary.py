@@ -101,6 +101,7 @@ def answer(run: Run, summaries: list[Summary]) -> list[str]:
     judged = [summary for summary in mechanisms if summary.outcome != "no verdict"]
     if plain.top1.count == 0:
         return ["No answer: the plain network has no finished trial, so there is nothing to compare with."]
+    judged.sort(key=lambda summary: -summary.plain.mean if summary.plain else 0.0)
     sentences = _lead(mechanisms, judged)
     worse = [summary for summary in judged if summary.outcome == "worse than plain"]
     if worse:
@@ -141,7 +142,9 @@ def _lead(mechanisms: list[Summary], judged: list[Summary]) -> list[str]:
 def _capacity(better: list[Summary]) -> str:
     beyond = [summary for summary in better if summary.control is not None and summary.control.outcome == "better"]
     if not beyond:
-        return "None of these could be shown to be better than the control block, so more capacity alone may explain it."
+        return (
+            "None of these could be shown to be better than the control block, so more capacity alone may explain it."
+        )
     if len(beyond) == len(better):
         return "The control block was beaten as well, so more capacity alone does not explain it."
     names = join_words([summary.arm.title for summary in beyond])
@@ -154,10 +157,11 @@ def _price(arm: Arm, plain: Arm) -> str:
     parts = []
     growth = arm.cost.parameters / plain.cost.parameters - 1 if plain.cost.parameters else math.nan
     if math.isfinite(growth):
-        parts.append(f"{100 * growth:+.0f}% parameters")
+        share = f"{abs(100 * growth):.0f}%" if abs(growth) >= 0.01 else "less than 1%"
+        parts.append(f"{share} {'more' if growth >= 0 else 'fewer'} parameters")
     ours, other = (cost.latency_ms.get("1", (math.nan, math.nan))[0] for cost in (arm.cost, plain.cost))
     if math.isfinite(ours) and math.isfinite(other) and other > 0:
-        parts.append(f"{ours / other:.2f} times the plain latency at batch 1")
+        parts.append(f"{ours / other:.1f} times the plain latency at batch 1")
     return f"{arm.title} costs {' and '.join(parts)}." if parts else ""
 
 
