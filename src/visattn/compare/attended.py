@@ -101,8 +101,7 @@ def _attended(arm: Arm, examples: Examples, classes: Sequence[str]) -> Attended:
 
     places = list(dict.fromkeys(place for place, _ in examples.maps))
     chosen = places if len(places) <= PLACES else [places[0], places[len(places) // 2], places[-1]]
-    first = next((trial for trial in arm.trials.values()), None)
-    gates = first.gates if first else {}
+    gates = arm.trials[examples.seed].gates
     rows = [
         Row(
             place=place,
@@ -145,7 +144,7 @@ def _cell(kind: str, values: npt.NDArray[Any], place: str, all_maps: npt.NDArray
 
 
 def _weight(value: float) -> str:
-    return f"{value:.2g}" if abs(value) >= 1e-4 else "0"
+    return "0" if abs(value) < 1e-4 else f"{value:.{1 if abs(value) < 0.01 else 2}g}"
 
 
 def _picture(image: npt.NDArray[np.uint8]) -> Picture:

@@ -1,4 +1,4 @@
-"""The plots of the report as inline SVG; drawn on Figure objects, without pyplot or a change of matplotlib's state."""
+"""The plots of the report as inline SVG, on Figure objects; matplotlib's settings differ only while one is drawn."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ _CSS = {
 # Okabe and Ito's palette without black and yellow (the neutral arms are grey; yellow fades on white).
 _PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
 _MARKERS = ("^", "D", "v", "P", "X", "p")
+
+# Text stays text, and the same data give the same bytes.
+_RC: Any = {"svg.fonttype": "none", "svg.hashsalt": "visattn", "text.usetex": False}
 
 _FIRM, _SOFT = 1000.0, 0.3  # cost of a square point of a label over a marker or label, and over a thin line
 
@@ -92,6 +95,7 @@ def _round_steps(count: int, **options: Any) -> MaxNLocator:
     return MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10], **options)
 
 
+@mpl.rc_context(_RC)
 def accuracy_against_latency(arms: Sequence[Arm], batch: str, look: dict[str, Look]) -> str | None:
     """Top-1 against median latency, one labelled point per arm; None where fewer than two arms have both."""
     points = []
@@ -120,9 +124,10 @@ def accuracy_against_latency(arms: Sequence[Arm], batch: str, look: dict[str, Lo
     ]
     _place_labels(figure, axes, labels)
     means = "; ".join(f"{arm.title}: {x:.2f} ms, {sum(ys) / len(ys):.1f}%" for arm, x, ys in points)
-    return _svg(figure, f"Top-1 accuracy against median latency at batch {batch}. {means}.", f"latency {batch}")
+    return _svg(figure, f"Top-1 accuracy against median latency at batch {batch}. {means}.")
 
 
+@mpl.rc_context(_RC)
 def learning_curves(
     arm: Arm, plain: Arm, look: dict[str, Look], limits: tuple[float, float], last_epoch: int
 ) -> str | None:
@@ -145,7 +150,7 @@ def learning_curves(
     axes.set_ylabel("top-1 in %", color=_MUTED, fontsize=_SMALL)
     epochs, mean, _, _ = _curve(list(arm.trials.values()))
     text = f"Learning curve of {arm.title}: validation top-1 {mean[0]:.1f}% after epoch {epochs[0]}"
-    return _svg(figure, f"{text}, {mean[-1]:.1f}% after epoch {epochs[-1]}.", f"curve {arm.name}")
+    return _svg(figure, f"{text}, {mean[-1]:.1f}% after epoch {epochs[-1]}.")
 
 
 def _curve(trials: Sequence[Trial]) -> tuple[list[int], list[float], list[float], list[float]]:
@@ -246,14 +251,13 @@ def _free_spot(
     return float(left[best]), float(bottom[best])
 
 
-def _svg(figure: Figure, description: str, salt: str) -> str:
+def _svg(figure: Figure, description: str) -> str:
     """The figure as an `<svg>` element that takes text font and scheme colours from the page around it."""
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "text.usetex": False}):
-        figure.savefig(buffer, format="svg", transparent=True)
+    figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL))  # ids repeat on the page
     for sentinel, variable in _CSS.items():
         svg = svg.replace(sentinel, variable)
     width, height = (round(72 * float(side)) for side in figure.get_size_inches())

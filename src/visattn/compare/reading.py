@@ -60,6 +60,7 @@ class Cost:
 class Examples:
     """A few validation images, what the arm said and where it looked, by (place, kind)."""
 
+    seed: int
     images: npt.NDArray[np.uint8]
     labels: list[int]
     predictions: list[int]
@@ -122,6 +123,9 @@ def read_run(folder: Path) -> Run:
         arms.append(_read_arm(folder, entry, seeds))
     if [arm.kind for arm in arms].count("plain") != 1:
         raise data.error("there must be exactly one plain arm")
+    places = data.get("places", list)
+    if not all(isinstance(place, dict) and isinstance(place.get("name"), str) for place in places):
+        raise data.error(f"every place must have a name, got {places!r}")
     return Run(
         folder=folder,
         command=cast(str, data.get("command", str)),
@@ -129,7 +133,7 @@ def read_run(folder: Path) -> Run:
         versions=cast(dict[str, Any], data.get("versions", dict)),
         hardware=cast(dict[str, Any], data.get("hardware", dict)),
         dataset=cast(dict[str, Any], data.get("dataset", dict)),
-        places=[place for place in data.get("places", list) if isinstance(place, dict)],
+        places=places,
         seeds=tuple(seeds),
         arms=tuple(arms),
         notes=[str(note) for note in data.content.get("notes", [])],
@@ -179,7 +183,7 @@ def _read_arm(folder: Path, entry: Mapping[str, Any], seeds: list[int]) -> Arm:
         if trial.is_dir():
             trials[seed] = _read_trial(trial / "result.json", seed)
             if examples is None and (trial / "examples.npz").exists():
-                examples = _read_examples(trial / "examples.npz")
+                examples = _read_examples(trial / "examples.npz", seed)
         elif failure.exists():
             failures[seed] = str(_File(failure).get("reason", str))
     cost = folder / "costs" / f"{name}.json"
@@ -236,7 +240,7 @@ def _read_cost(path: Path) -> Cost:
     )
 
 
-def _read_examples(path: Path) -> Examples:
+def _read_examples(path: Path, seed: int) -> Examples:
     import numpy as np
 
     def broken(what: str) -> UserError:
@@ -264,6 +268,7 @@ def _read_examples(path: Path) -> Examples:
             raise broken(f"array {key!r} must be <place>|<kind> with {count} maps, got shape {array.shape}")
         maps[place, kind] = array.astype(np.float64)
     return Examples(
+        seed=seed,
         images=images,
         labels=[int(label) for label in labels],
         predictions=[int(prediction) for prediction in predictions],

@@ -201,7 +201,7 @@ def _duration(seconds: float) -> str:
 
 
 def _settings(values: dict[str, Any]) -> dict[str, str]:
-    return {str(key).replace("_", " "): _setting(value) for key, value in values.items()}
+    return {str(key).replace("_gib", ", GiB").replace("_", " "): _setting(value) for key, value in values.items()}
 
 
 def _setting(value: object) -> str:
@@ -257,7 +257,7 @@ def _dataset(dataset: dict[str, Any]) -> dict[str, str]:
         rows["images"] = f"{dataset['train']} for training, {dataset.get('val', '?')} for validation"
     if isinstance(dataset.get("image_size"), list):
         size = " x ".join(str(side) for side in dataset["image_size"])
-        rows["image size"] = f"{size}, {dataset.get('channels', '?')} channels" if dataset.get("channels") else size
+        rows["image size"] = f"{size}, {_channels(dataset['channels'])}" if dataset.get("channels") else size
     classes = dataset.get("classes")
     if isinstance(classes, list) and classes:
         listed = ", ".join(str(name) for name in classes[:20])
@@ -265,6 +265,10 @@ def _dataset(dataset: dict[str, Any]) -> dict[str, str]:
     if dataset.get("unreadable"):
         rows["unreadable images left out"] = dataset["unreadable"]
     return {key: str(value) for key, value in rows.items() if value is not None}
+
+
+def _channels(count: object) -> str:
+    return f"{count} channel{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,9 @@ def limits(run: Run, summaries: list[Summary]) -> list[str]:
         f"{join_words(shared)[:1].upper()}{join_words(shared)[1:]}: nothing was tuned per arm; another setting "
         f"may order the arms differently."
     )
-    lines.append("Top-1 is that of the last epoch on the validation images; no separate test set was held out.")
+    images = run.dataset.get("val")
+    step = f" One of the {images} images is {100 / images:.2g} points." if isinstance(images, int) and images else ""
+    lines.append(f"Top-1 is that of the last epoch on the validation images; no separate test set was held out.{step}")
     lines.append(
         "Seeds vary initialisation, data order and augmentation. The same validation images serve every seed, so the "
         "intervals do not cover the choice of images."
