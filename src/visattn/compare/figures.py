@@ -106,7 +106,7 @@ def accuracy_against_latency(arms: Sequence[Arm], batch: str, look: dict[str, Lo
             points.append((arm, x, ys))
     if len(points) < 2:
         return None
-    figure, axes = _axes(width=5.1, height=4.2 + 0.15 * max(0, len(points) - 8))
+    figure, axes = _axes(width=4.8, height=4.2 + 0.15 * max(0, len(points) - 8))
     for arm, x, ys in points:
         colour, mean = look[arm.name].colour, sum(ys) / len(ys)
         axes.plot([x, x], [min(ys), max(ys)], color=colour, linewidth=1.5, alpha=0.45, solid_capstyle="round")
