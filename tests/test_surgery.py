@@ -113,7 +113,7 @@ def test_no_match_lists_the_places_with_shapes():
     ):
         visattn.insert(small_net(), "dual", at="layer9", sample=torch.randn(1, 3, 9, 7))
     with pytest.raises(
-        ValueError, match=r"layer4 \(512, 2, 3\), and \d+ deeper ones \(visattn.find_places lists all\)"
+        ValueError, match=r"layer4 \(512, 2, 3\), .*, and \d+ deeper ones \(visattn.find_places lists all\)"
     ):
         visattn.insert(timm.create_model("resnet18"), "dual", at="layer9", sample=torch.randn(1, 3, 64, 65))
 
@@ -121,7 +121,7 @@ def test_no_match_lists_the_places_with_shapes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"block": "dool"}, r"unknown block 'dool'\. Did you mean dual"),
+        ({"block": "duall"}, r"unknown block 'duall'\. Did you mean dual"),
         ({"block": "dual_head"}, "is a part of a network"),
         ({"block": "external_tokens"}, r"takes tokens \(B, N, C\), 2 gives a map \(64, 9, 7\)"),
         ({"sample": None}, "Give sample=, one input of the network"),

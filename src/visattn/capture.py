@@ -24,15 +24,25 @@ def _speaking_blocks(net: nn.Module, prefix: str = "") -> Iterator[tuple[str, Bl
         yield from _speaking_blocks(child, f"{prefix}.{name}" if prefix else name)
 
 
+@contextlib.contextmanager
+def _spare_buffers(block: Block) -> Iterator[None]:
+    """Lend copies of the buffers, since looking must not count as a training step of a batch norm."""
+    kept = [(module, dict(module._buffers)) for module in block.modules() if module._buffers]
+    for module, buffers in kept:
+        module._buffers.update({key: None if value is None else value.clone() for key, value in buffers.items()})
+    try:
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers.update(buffers)
+
+
 def _watch(
     name: str, maps: dict[str, dict[str, Tensor]], queries: Sequence[tuple[float, float]]
 ) -> Callable[..., None]:
     def hook(block: Block, args: Any, kwargs: Any, output: Any) -> None:
-        buffers = {key: buffer.clone() for key, buffer in block.named_buffers()} if block.training else {}
-        with torch.no_grad():
+        with torch.no_grad(), _spare_buffers(block):
             found = block.attention_maps(*args, **kwargs, queries=queries)
-            for key, value in buffers.items():  # looking must not count as a training step
-                block.get_buffer(key).copy_(value)
         maps[name] = {kind: tensor.detach() for kind, tensor in found.items()}
 
     return hook

@@ -101,8 +101,10 @@ class Inserted(nn.Module):
 
     def __init__(self, host: nn.Module, block: nn.Module, place: Place) -> None:
         super().__init__()
+        self.gate = nn.Parameter(
+            torch.zeros((), device=place.device, dtype=place.dtype)
+        )  # before a host's own gate shows
         self.host, self.block = host, block
-        self.gate = nn.Parameter(torch.zeros((), device=place.device, dtype=place.dtype))
         self.training = host.training
         block.train(host.training)
 
