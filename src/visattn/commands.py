@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from visattn.errors import UserError
+from visattn.errors import UserError, require
 from visattn.registry import ROLES, list_blocks, resolve
 
 __all__ = ["app"]
@@ -37,3 +38,22 @@ def list_command(
         card = resolve(name)
         table.add_row(name, ", ".join(card.aliases), card.role, card.paper.rsplit("/", 1)[-1], card.title)
     Console().print(table)
+
+
+@app.command()
+def verify(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Mechanisms, short names, or cases; all by default.", metavar="NAME")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float64",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+    cases: Annotated[Path | None, typer.Option(help="Folder of recorded cases; the shipped ones by default.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compare the blocks with recorded results of the published code, on this machine."""
+    require("numpy", extra="compare", purpose="visattn verify")
+    from visattn.verify.report import verify as run
+
+    if not run(names or [], device=device, dtype=dtype, json_file=json_file, cases=cases, debug=debug):
+        raise typer.Exit(1)

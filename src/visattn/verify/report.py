@@ -1,0 +1,241 @@
+"""`visattn verify`: choose the cases, check them, print the table and write the JSON."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import visattn
+from visattn import registry
+from visattn.errors import UserError
+from visattn.testing.tolerance import FLOAT64_TOLERANCE
+from visattn.verify.cases import SHIPPED, Case, load_cases
+from visattn.verify.check import GROUPS, Result, check_case, group_of, precise_matmul, skip_reason
+
+__all__ = ["verify"]
+
+_DTYPES = {dtype: getattr(torch, dtype) for dtype in ("float64", "float32", "bfloat16", "float16")}
+
+
+def verify(
+    names: Sequence[str] = (),
+    *,
+    device: str = "cpu",
+    dtype: str = "float64",
+    json_file: Path | None = None,
+    cases: Path | None = None,
+    debug: bool = False,
+    console: Console | None = None,
+) -> bool:
+    """Check recorded cases and print what came of them.
+
+    Args:
+        names: Mechanisms, aliases or cases; all if empty.
+        device: Where to run, such as "cpu" or "cuda".
+        dtype: "float64", "float32", "bfloat16" or "float16".
+        json_file: Also write the results there, whole or not at all.
+        cases: Folder of recorded cases; the shipped ones by default.
+        debug: Let an exception in a block through.
+        console: Where to print; standard output by default.
+
+    Returns:
+        Whether something was checked and all of it passed.
+
+    Raises:
+        UserError: Anything wrong with the arguments or the folder.
+    """
+    if dtype not in _DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}. Choose from {', '.join(_DTYPES)}")
+    place = _device(device)
+    if json_file is not None:
+        _check_writable(json_file)
+    chosen = _choose(load_cases(SHIPPED if cases is None else cases), names)
+    console = console or _console()
+    results = []
+    with precise_matmul():
+        for case in chosen:
+            reason = skip_reason(case, registry.MECHANISMS)
+            if reason is not None:
+                results.append(Result(case, "skipped", [reason]))
+                continue
+            results.append(check_case(case, device=place, dtype=_DTYPES[dtype], debug=debug))
+    _print(console, results, device, dtype)
+    if json_file is not None:
+        _write(json_file, _as_json(results, place, dtype))
+    return any(r.verdict == "passed" for r in results) and not any(r.verdict == "failed" for r in results)
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name, if it is there."""
+    here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}. Devices here: {', '.join(here)}") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index not in (None, 0)):
+        raise UserError(f"verify runs on cpu and cuda, got device {name!r}. Devices here: {', '.join(here)}")
+    if device.type == "cuda" and f"cuda:{device.index or 0}" not in here:
+        raise UserError(f"no device {name!r} here. Devices here: {', '.join(here)}")
+    return device
+
+
+def _choose(cases: list[Case], names: Sequence[str]) -> list[Case]:
+    """The cases of these mechanisms, aliases or case names."""
+    known = {case.mechanism for case in cases} | {case.name for case in cases}
+    wanted = set()
+    for name in names:
+        if name in known:
+            wanted.add(name)
+            continue
+        try:
+            block = registry.resolve(name).name  # of a mechanism or one of its forms, such as external_tokens
+        except ValueError as error:
+            near = difflib.get_close_matches(name, sorted(known), n=4)
+            mechanisms = sorted({case.mechanism for case in cases})
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"Choose from {', '.join(mechanisms)} or a case"
+            raise UserError(f"unknown mechanism or case {name!r}. {hint}") from error
+        mechanism = next((key for key in registry.MECHANISMS if block.startswith(key)), block)
+        if mechanism not in known:
+            raise UserError(f"no case of {mechanism!r} among the recorded cases")
+        wanted.add(mechanism)
+    return [case for case in cases if not wanted or {case.mechanism, case.name} & wanted]
+
+
+def _console() -> Console:
+    """Standard output; where it is not a terminal, wide enough for a line per case."""
+    console = Console()
+    return console if console.is_terminal else Console(width=170)
+
+
+def _print(console: Console, results: list[Result], device: str, dtype: str) -> None:
+    """Table of the checked cases, then what is skipped, then one line."""
+    checked = [result for result in results if result.verdict != "skipped"]
+    skipped = [result for result in results if result.verdict == "skipped"]
+    if checked:
+        console.print(_table(checked, device, dtype))
+        for result in checked:
+            for note in result.notes:
+                console.print(Text(f"{result.case.mechanism}/{result.case.name}: {note}."))
+            for reason in result.reasons:
+                console.print(Text(f"failed {result.case.mechanism}/{result.case.name}: {reason}", style="red"))
+    if skipped:
+        console.print(Text(f"Skipped {len(skipped)}:"))
+        for result in skipped:
+            console.print(Text(f"  {result.case.mechanism}/{result.case.name}: {result.reasons[0]}"))
+    passed = sum(result.verdict == "passed" for result in checked)
+    bound = f"within {FLOAT64_TOLERANCE:.0e}" if dtype == "float64" else f"float64 within 1e-10, {dtype} within budget"
+    summary = f"{passed} passed ({bound}), {len(checked) - passed} failed, {len(skipped)} skipped on {device}"
+    console.print(Text(summary if checked else f"Nothing was verified: {summary}"))
+
+
+def _table(results: list[Result], device: str, dtype: str) -> Table:
+    table = Table(title=f"Largest relative error against published code, {dtype} on {device}", title_justify="left")
+    for heading in ("mechanism", "case", "published code"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("outputs", "input\ngradients", "parameter\ngradients", "buffers"):
+        table.add_column(heading, justify="right")
+    if dtype != "float64":
+        table.add_column("of the\nbudget", justify="right")
+    table.add_column("verdict")
+    for result in results:
+        source = result.case.source
+        numbers = [_number(result.largest(group)) for group in GROUPS]
+        if dtype != "float64":
+            numbers.append(f"{max(result.budget_used.values()):.0%}" if result.budget_used else "-")
+        table.add_row(
+            *(Text(cell) for cell in (result.case.mechanism, result.case.name)),
+            Text(f"{source['repo']} {source['class']} @ {source['commit'][:7]}"),
+            *numbers,
+            Text(result.verdict, style="green" if result.verdict == "passed" else "red"),
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def _as_json(results: list[Result], device: torch.device, dtype: str) -> dict[str, Any]:
+    """Everything that was measured; a number that is not finite becomes null."""
+
+    def finite(errors: dict[str, float]) -> dict[str, float | None]:
+        return {name: error if math.isfinite(error) else None for name, error in errors.items()}
+
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    verdicts = [result.verdict for result in results]
+    return {
+        "format": 1,
+        "versions": {
+            "visattn": visattn.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "device": str(device),
+        "hardware": hardware,
+        "dtype": dtype,
+        "tolerance": {
+            "float64": FLOAT64_TOLERANCE,
+            "lower": "twice what the reference implementation loses in that dtype, plus one rounding step",
+        },
+        "passed": verdicts.count("passed"),
+        "failed": verdicts.count("failed"),
+        "skipped": verdicts.count("skipped"),
+        "cases": [
+            {
+                "mechanism": result.case.mechanism,
+                "case": result.case.name,
+                "source": dict(result.case.source),
+                "verdict": result.verdict,
+                "reasons": result.reasons,
+                "notes": result.notes,
+                "largest": finite({g: e for g in GROUPS if (e := result.largest(g)) is not None}),
+                "errors": finite(result.errors),
+                "float64_errors": finite(result.float64_errors),
+                "budget_used": finite(result.budget_used),
+                "groups": {name: group_of(name) for name in result.errors},
+            }
+            for result in results
+        ],
+    }
+
+
+def _check_writable(path: Path) -> None:
+    """Raise before any work if the file cannot be written."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder. Give the name of a file for --json")
+    if not path.parent.is_dir():
+        raise UserError(f"no such folder: {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write into {path.parent}")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write the file whole or not at all."""
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            json.dump(content, file, indent=2, allow_nan=False)
+            file.write("\n")
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error.strerror})") from error
