@@ -11,7 +11,7 @@ from torch import Tensor
 
 from visattn.errors import check
 
-__all__ = ["choose", "full_precision", "upcast"]
+__all__ = ["choose", "full_precision", "small_matrix", "upcast"]
 
 Function = TypeVar("Function")
 
@@ -32,3 +32,16 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def small_matrix(query: Tensor, key: Tensor) -> bool:
+    """Whether to write out the attention matrix of queries (B, heads, Nq, D) and keys (B, heads, Nk, D).
+
+    torch's fused kernels recompute the softmax from its log-sum-exp in the backward pass. In float32 that loses digits
+    of the gradients where the softmax saturates, more than the budget of visattn.testing allows, so there they are for
+    matrices that should not be held. 16-bit inputs are better served by them at any size, float64 has digits to spare.
+    Under a compiler sizes may be symbols, on which nothing can be decided.
+    """
+    if torch.compiler.is_compiling() or query.dtype != torch.float32:
+        return False
+    return query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= 2**22

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from visattn.ops._shared import choose, full_precision, upcast
+from visattn.ops._shared import choose, full_precision, small_matrix, upcast
 
 __all__ = ["channel_attention", "channel_weights", "position_attention", "position_weights"]
 
@@ -28,6 +28,8 @@ def _position_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     q, k, v = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in (query, key, value))  # (B, 1, N, channels)
+    if small_matrix(q, k):
+        return _position_reference(query, key, value)
     out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
     return out.squeeze(1).transpose(1, 2).reshape(value.shape)
 

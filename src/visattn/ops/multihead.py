@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visattn.errors import check
-from visattn.ops._shared import choose, full_precision, upcast
+from visattn.ops._shared import choose, full_precision, small_matrix, upcast
 
 __all__ = ["multihead_attention", "multihead_weights"]
 
@@ -81,7 +81,8 @@ def _auto(
     scale: float | None,
     dropout_p: float,
 ) -> Tensor:
-    if attention_weights is not None:  # torch's fused kernels know additive terms only
+    # torch's fused kernels know additive terms only
+    if attention_weights is not None or small_matrix(query, key):
         return _reference(query, key, value, attention_mask, attention_weights, scale, dropout_p)
     if attention_mask is None:
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
