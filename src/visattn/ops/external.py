@@ -25,7 +25,7 @@ def _double_normalize(logits: Tensor, eps: float) -> Tensor:
         return _double_normalize_reference(logits, eps)
     # Without eps the two steps are one softmax over slots, which has no 0 / 0 where all slots underflow.
     wide = upcast(logits)
-    return (wide - wide.logsumexp(dim=-1, keepdim=True)).softmax(dim=-2).to(logits.dtype)
+    return wide.log_softmax(dim=-1).softmax(dim=-2).to(logits.dtype)
 
 
 def double_normalize(logits: Tensor, *, eps: float = 1e-9, impl: str = "auto") -> Tensor:
