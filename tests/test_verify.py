@@ -332,7 +332,10 @@ def test_arrays_that_lack_or_cannot_be_compared_fail(changes, message, run, tmp_
             {"source": {"repo": "a/b", "commit": "c", "file": "d", "class": "EANet101"}},
             "no block of 'external' stands for the published class 'EANet101'",
         ),
-        ({"forward.call": "module.train()"}, "call 'module.train()' is not of the form module(input, ...)"),
+        (
+            {"forward.call": "module.train()"},
+            "call 'module.train()' is not of the form module(input, ..., name=input, ...)",
+        ),
         ({"forward.call": "module(y)"}, "call 'module(y)' does not use exactly the inputs ['x']"),
         ({"forward.call": "module(x, mask=x)"}, "got an unexpected keyword argument 'mask'"),
     ],
@@ -348,7 +351,7 @@ def test_a_case_that_nothing_serves_fails_with_its_reason(changes, message, run,
     path.write_text(json.dumps(meta))
     code, out, err = run("--cases", tmp_path)
     assert (code, err) == (1, "")
-    assert message.split(" ...")[0].split("(input")[0] in " ".join(out.split())
+    assert message in " ".join(out.split())
     assert "0 passed (within 1e-10), 1 failed" in out
 
 

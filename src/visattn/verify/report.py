@@ -117,7 +117,7 @@ def _choose(cases: list[Case], names: Sequence[str]) -> list[Case]:
 def _console() -> Console:
     """Standard output; where it is not a terminal, wide enough for a line per case."""
     console = Console()
-    return console if console.is_terminal else Console(width=170)
+    return console if console.is_terminal else Console(width=200)
 
 
 def _print(console: Console, results: list[Result], device: str, dtype: str) -> None:
