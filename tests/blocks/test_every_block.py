@@ -11,6 +11,7 @@ import torch
 import visattn
 from visattn.registry import resolve
 from visattn.testing.examples import FEAT_SIZE, example, example_input, randomize, required_arguments
+from visattn.testing.tolerance import NEIGHBOURS, assert_close_to_exact, nudge
 
 NAMES = visattn.list_blocks()
 MAPS = [name for name in NAMES if resolve(name).role != "tokens"]
@@ -123,6 +124,42 @@ def test_auto_equals_reference(name, training):
     assert fast.keys() == plain.keys()
     assert all(close(fast[key], plain[key]) for key in plain)
     assert all(close(*pair) for pair in zip(blocks[0].buffers(), blocks[1].buffers()))
+
+
+def losses(name, dtype, seed):
+    """(auto, reference, exact) results in `dtype`, the exact ones in float64 from the same rounded numbers."""
+    results = []
+    for impl, compute in (("auto", dtype), ("reference", dtype), ("reference", torch.float64)):
+        block, x = example(name, impl=impl), example_input(name)
+        with torch.no_grad():
+            for index, tensor in enumerate(block.parameters()):
+                tensor.copy_(nudge(tensor, dtype, 100 * seed + index) if seed else tensor)
+        x = nudge(x, dtype, seed) if seed else x
+        x_grad, grads = gradients(block.to(dtype).to(compute), x.to(dtype).to(compute))
+        out = outputs(block, x.to(dtype).to(compute))
+        results.append({"input gradient": x_grad, **grads, **{f"output {i}": o for i, o in enumerate(out)}})
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("name", [name for name in NAMES if has_impl(name)])
+def test_low_precision_loses_no_more_than_the_reference_does(name, dtype):
+    auto, reference, exact = losses(name, dtype, 0)
+    largest = max(float(value.detach().abs().max()) for value in exact.values())
+    for label in exact:
+        if exact[label].abs().max() < 1e-12 * largest:
+            # Zero by an identity (a softmax does not see the bias of its keys): what is left is the rounding of terms
+            # that cancel, so the rounding step of the budget is that of the largest result.
+            assert auto[label].abs().max() <= 2 * reference[label].abs().max() + torch.finfo(dtype).eps * largest
+            continue
+
+        def neighbours(label=label):
+            runs = (losses(name, dtype, seed) for seed in range(1, NEIGHBOURS + 1))
+            return [tuple(result[label] for result in run) for run in runs]
+
+        assert_close_to_exact(
+            auto[label], exact[label], reference[label], f"{name} {label}", dtype=dtype, neighbours=neighbours
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if has_impl(name)])
