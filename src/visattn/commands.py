@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from visattn.compare.settings import Settings
 from visattn.errors import UserError, require
 from visattn.registry import ROLES, list_blocks, resolve
 
@@ -57,3 +58,59 @@ def verify(
 
     if not run(names or [], device=device, dtype=dtype, json_file=json_file, cases=cases, debug=debug):
         raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    data: Annotated[
+        str, typer.Option(help="cluttered-digits, a folder of images by class, or a name timm.data opens.")
+    ] = Settings.data,
+    backbone: Annotated[str, typer.Option(help="A network of timm, trained from scratch.")] = Settings.backbone,
+    mechanisms: Annotated[str, typer.Option(help="Blocks to compare, with commas.")] = ",".join(Settings.mechanisms),
+    at: Annotated[
+        str, typer.Option(help="Modules they go behind, names or patterns with commas. [default: deepest map of 7x7]")
+    ] = "",
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = Settings.epochs,
+    seeds: Annotated[int, typer.Option(help="Trainings of each arm.")] = Settings.seeds,
+    batch_size: Annotated[int, typer.Option(help="Images in a training step.")] = Settings.batch_size,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = Settings.lr,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")] = Settings.device,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = Settings.precision,
+    out: Annotated[Path, typer.Option(help="The run folder; an unfinished run in it is continued.")] = Settings.out,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave unreadable images out and count them.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be done, with time, memory and disk; train nothing.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train a backbone with each mechanism on your images and report which one helps, and what it costs."""
+    import visattn.compare as comparison
+
+    settings = Settings(
+        data=data,
+        backbone=backbone,
+        mechanisms=_words(mechanisms),
+        at=_words(at),
+        epochs=epochs,
+        seeds=seeds,
+        batch_size=batch_size,
+        lr=lr,
+        device=device,
+        precision=precision,
+        out=out,
+        skip_unreadable=skip_unreadable,
+    )
+    if plan:
+        typer.echo(comparison.plan(settings))
+        return
+    try:
+        report = comparison.compare(settings)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    typer.echo(f"Report: {report}")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())

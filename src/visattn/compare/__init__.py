@@ -1,1 +1,50 @@
-"""The comparison of mechanisms: plan, trials, results, report."""
+"""Which attention helps on these images, and what does it cost? Plan, trials, results, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from visattn.compare.settings import Settings
+from visattn.errors import require
+
+__all__ = ["Settings", "compare", "plan"]
+
+NEEDED = ("timm", "torchvision", "lightning", "torchmetrics", "mlxtend", "matplotlib", "jinja2", "safetensors")
+
+
+def compare(settings: Settings) -> Path:
+    """Train the backbone with each mechanism and write the report; the same settings again continue where it stopped.
+
+    Args:
+        settings: What to compare, on what, and where to.
+
+    Returns:
+        The report, `report.html` in the run folder.
+
+    Raises:
+        UserError: A setting, the data or the run folder is not fit; nothing was written.
+    """
+    _require()
+    from visattn.compare.run import run
+
+    return run(settings)
+
+
+def plan(settings: Settings) -> str:
+    """Say what `compare` would do: the grid, with estimated time, memory and disk. Trains and writes nothing.
+
+    Args:
+        settings: As for `compare`.
+
+    Raises:
+        UserError: As for `compare`.
+    """
+    _require()
+    from visattn.compare.run import estimate
+
+    return estimate(settings)
+
+
+def _require() -> None:
+    for module in NEEDED:
+        require(module, extra="compare", purpose="visattn compare")

@@ -1,0 +1,243 @@
+"""The run folder: files written whole or not at all, one writer at a time, nothing in it from elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from visattn.compare.plan import FORMAT, Plan
+from visattn.errors import UserError, require
+
+__all__ = ["RunFolder", "write_json", "write_text"]
+
+LOCK = ".lock"
+PARTIAL = ".partial-"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: It is none; the message says why.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError("is missing") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"is not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError("is not a JSON object")
+    return content
+
+
+class RunFolder:
+    """The folder of one plan.
+
+    Args:
+        plan: The plan.
+
+    Raises:
+        UserError: The folder belongs to another run, or holds something that does not belong to this one.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.path = plan.settings.out
+        self.check()
+
+    def trial(self, arm: str, seed: int) -> Path:
+        """Where a finished trial lies."""
+        return self.path / "trials" / f"{arm}-seed{seed}"
+
+    def failure(self, arm: str, seed: int) -> Path:
+        """Where the reason of a failed trial lies."""
+        return self.path / "failures" / f"{arm}-seed{seed}.json"
+
+    def costs(self, arm: str) -> Path:
+        """Where the costs of an arm lie."""
+        return self.path / "costs" / f"{arm}.json"
+
+    def finished(self) -> set[tuple[str, int]]:
+        """Arm and seed of the trials that need not be run again."""
+        return {(arm.name, seed) for arm, seed in self.plan.trials() if self.trial(arm.name, seed).is_dir()}
+
+    def check(self) -> None:
+        """Raise `UserError` unless the folder is new, empty, or this run's, with nothing from elsewhere in it."""
+        check_out(self.path)
+        if not (self.path / "run.json").exists():
+            return
+        try:
+            run = _read_json(self.path / "run.json")
+        except ValueError as error:
+            raise UserError(f"--out {self.path}: its run.json {error}. Use another --out.") from error
+        if run.get("format") != FORMAT or not isinstance(run.get("identity"), dict):
+            raise UserError(f"--out {self.path}: written by another version of visattn compare. Use another --out.")
+        theirs, ours = run["identity"], self.plan.identity()
+        changed = [
+            f"{name} was {_show(theirs.get(name))}, now {_show(ours.get(name))}"
+            for name in ours
+            if theirs.get(name) != ours[name]
+        ]
+        if changed:
+            raise UserError(
+                f"--out {self.path} holds another run: {'; '.join(changed)}. "
+                "Repeat its settings to continue it, or use another --out."
+            )
+        known = {self.trial(arm.name, seed): (arm.name, seed) for arm, seed in self.plan.trials()}
+        for folder in sorted((self.path / "trials").glob("*")):
+            if folder.name.startswith(PARTIAL):
+                continue
+            if folder not in known:
+                raise UserError(f"{folder} is no trial of this run. Remove it or use another --out.")
+            self._check_trial(folder, *known[folder])
+
+    def _check_trial(self, folder: Path, arm: str, seed: int) -> None:
+        """Raise `UserError` unless a finished trial is whole and this run's."""
+        name, expected = "result.json", {"run": self.plan.fingerprint(), "arm": arm, "seed": seed}
+        try:
+            result = _read_json(folder / name)
+            for key, value in expected.items():
+                if result.get(key) != value:
+                    raise ValueError(f"has {key} {_show(result.get(key))} instead of {_show(value)}")
+            epochs = result.get("epochs")
+            if not isinstance(epochs, list) or len(epochs) != self.plan.settings.epochs:
+                raise ValueError(f"does not have {self.plan.settings.epochs} epochs")
+            name = "weights.safetensors"
+            self._check_weights(folder / name, arm, {key: str(value) for key, value in expected.items()})
+        except ValueError as error:
+            raise UserError(
+                f"{folder / name} is not a checkpoint of this run: it {error}. Remove {folder} to train it again."
+            ) from error
+
+    def _check_weights(self, path: Path, arm: str, expected: dict[str, str]) -> None:
+        safetensors = require("safetensors", extra="compare", purpose="visattn compare")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise ValueError("is missing") from None
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"is no whole safetensors file ({error})") from error
+        for key, value in expected.items():
+            if metadata.get(key) != value:
+                raise ValueError(f"has {key} {_show(metadata.get(key))} instead of {_show(value)}")
+        if shapes != self.plan.shapes.get(arm):
+            raise ValueError("does not have the weights of this arm")
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Create the folder or continue in it, alone.
+
+        Raises:
+            UserError: Another process is writing to it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out {self.path}: cannot write there ({error.strerror}).") from error
+        with lock:
+            if not _take(lock.fileno()):
+                lock.seek(0)
+                raise UserError(
+                    f"--out {self.path}: another visattn compare (process {lock.read().strip() or '?'}) is writing to "
+                    "it. Wait for it or use another --out."
+                )
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            self.check()  # again: it may have changed before the lock was ours
+            for name in ("trials", "failures", "costs"):
+                (self.path / name).mkdir(exist_ok=True)
+            for left in [*self.path.glob(f"{PARTIAL}*"), *self.path.glob(f"*/{PARTIAL}*")]:  # of a killed run
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            self._write_run()
+            yield
+
+    def _write_run(self) -> None:
+        """Write `run.json`, or note in the one there what has changed around an unchanged plan."""
+        path, now = self.path / "run.json", self.plan.record()
+        if path.exists():
+            before = _read_json(path)
+            for part in ("versions", "hardware"):
+                for key, value in now[part].items():
+                    was = before.get(part, {}).get(key)
+                    note = f"Continued with {key} {value}; the run was started with {was}."
+                    if was != value and note not in before["notes"]:
+                        before["notes"].append(note)
+            now = before
+        write_json(path, now)
+
+    @contextlib.contextmanager
+    def new_trial(self, arm: str, seed: int) -> Iterator[Path]:
+        """A folder to fill, which becomes the trial's when the context ends well and vanishes otherwise."""
+        final = self.trial(arm, seed)
+        partial = final.with_name(f"{PARTIAL}{final.name}")
+        partial.mkdir()
+        try:
+            yield partial
+            for path in partial.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            partial.replace(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_out(path: Path) -> None:
+    """Raise `UserError` if a path can be no run folder; looks at nothing but names, so it can go first."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {path}: a file. Give a folder.")
+    if path.is_dir() and not (path / "run.json").exists():
+        strange = [p.name for p in path.iterdir() if p.name != LOCK and not p.name.startswith(PARTIAL)]
+        ours = {"trials", "failures", "costs"}  # all there is when a run is killed before its first file
+        if any(name not in ours or any((path / name).iterdir()) for name in strange):
+            raise UserError(f"--out {path}: not empty and no run folder of visattn compare. Use another --out.")
+
+
+def _show(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _take(descriptor: int) -> bool:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+else:
+    import fcntl
+
+    def _take(descriptor: int) -> bool:
+        """Lock a file; the system unlocks it when the process ends, however it ends."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,138 @@
+"""What the user asks of a comparison, checked."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visattn.errors import UserError, require
+from visattn.registry import MECHANISMS, resolve
+
+__all__ = ["DEFAULT_BACKBONE", "PRECISIONS", "Settings", "resolved"]
+
+DEFAULT_BACKBONE = "test_byobnet"
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a comparison.
+
+    Args:
+        data: `cluttered-digits`, a folder of images, or a name `timm.data` opens.
+        backbone: A name of timm.
+        mechanisms: Names or aliases of blocks to compare.
+        at: Module names or patterns where they go; empty for the deepest stage whose map is at least 7x7.
+        epochs: Passes over the training images in each trial.
+        seeds: How many times each arm is trained, with seeds 0, 1, ...
+        batch_size: Images in a training step.
+        lr: Peak learning rate of AdamW.
+        device: "auto", "cpu", "cuda" or "cuda:<index>".
+        precision: "float32", "bfloat16" or "float16" (the latter two as autocast).
+        out: The run folder.
+        skip_unreadable: Leave unreadable images out instead of refusing the data.
+    """
+
+    data: str = "cluttered-digits"
+    backbone: str = DEFAULT_BACKBONE
+    mechanisms: tuple[str, ...] = MECHANISMS
+    at: tuple[str, ...] = ()
+    epochs: int = 20
+    seeds: int = 3
+    batch_size: int = 64
+    lr: float = 4e-3
+    device: str = "auto"
+    precision: str = "float32"
+    out: Path = Path("visattn-compare")
+    skip_unreadable: bool = False
+
+    def command(self) -> str:
+        """The command line that repeats the run."""
+        words = ["visattn", "compare", "--data", self.data, "--backbone", self.backbone]
+        words += ["--mechanisms", ",".join(self.mechanisms), "--at", ",".join(self.at)]
+        words += ["--epochs", str(self.epochs), "--seeds", str(self.seeds), "--batch-size", str(self.batch_size)]
+        words += ["--lr", f"{self.lr:g}", "--device", self.device, "--precision", self.precision]
+        words += ["--out", str(self.out), *(["--skip-unreadable"] if self.skip_unreadable else [])]
+        return shlex.join(words)
+
+    def record(self) -> dict[str, Any]:
+        """What decides the results, as JSON; `out` does not."""
+        return {
+            "data": self.data,
+            "backbone": self.backbone,
+            "mechanisms": list(self.mechanisms),
+            "at": list(self.at),
+            "epochs": self.epochs,
+            "seeds": list(range(self.seeds)),
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "device": self.device,
+            "precision": self.precision,
+            "skip_unreadable": self.skip_unreadable,
+        }
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:<index>, got {name!r}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices. Use --device cpu.")
+    return str(device)
+
+
+def _mechanisms(names: tuple[str, ...]) -> tuple[str, ...]:
+    keys = []
+    for name in names:
+        try:
+            card = resolve(name)
+        except ValueError as error:
+            raise UserError(f"--mechanisms: {error}") from error
+        if card.role not in ("attention", "convolution"):
+            raise UserError(f"--mechanisms: {card.name} is no block for feature maps. Known: {', '.join(MECHANISMS)}.")
+        keys.append(card.name)
+    if not keys:
+        raise UserError(f"--mechanisms is empty. Known: {', '.join(MECHANISMS)}.")
+    return tuple(dict.fromkeys(keys))
+
+
+def _backbone(name: str) -> str:
+    timm = require("timm", extra="compare", purpose="visattn compare")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them."
+        raise UserError(f"--backbone: timm has no model {name!r}. {hint}")
+    return name
+
+
+def resolved(settings: Settings) -> Settings:
+    """Settings with names and device resolved, `at` still as given.
+
+    Raises:
+        UserError: A setting that cannot be; the message names it.
+    """
+    for option, value in (("epochs", settings.epochs), ("seeds", settings.seeds)):
+        if value < 1:
+            raise UserError(f"--{option} must be 1 or more, got {value}.")
+    if settings.batch_size < 2:
+        raise UserError(f"--batch-size must be 2 or more, got {settings.batch_size}: BatchNorm needs two images.")
+    if not (math.isfinite(settings.lr) and 0 < settings.lr <= 10):
+        raise UserError(f"--lr must be above 0 and at most 10, got {settings.lr:g}.")
+    if settings.precision not in PRECISIONS:
+        raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {settings.precision!r}.")
+    mechanisms = _mechanisms(settings.mechanisms)
+    device = _device(settings.device)
+    if settings.precision == "float16" and device == "cpu":
+        raise UserError("--precision float16 needs a CUDA device. Use bfloat16 or float32 on the CPU.")
+    return replace(settings, mechanisms=mechanisms, device=device, backbone=_backbone(settings.backbone))

@@ -1,0 +1,5 @@
+"""One trial: a network, a data set and a seed in, accuracies per epoch out."""
+
+from visattn.training.trial import Epoch, TrainingError, TrialSettings, parameter_groups, train
+
+__all__ = ["Epoch", "TrainingError", "TrialSettings", "parameter_groups", "train"]

@@ -1,0 +1,269 @@
+"""A training by Lightning, silent and a pure function of network, data and settings."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from visattn.data import Dataset, Split
+
+__all__ = ["PRECISIONS", "Epoch", "TrainingError", "TrialSettings", "parameter_groups", "train"]
+
+PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+WEIGHT_DECAY = 0.05
+WARM_UP = 0.1  # share of the steps in which the learning rate climbs
+GATE_RATE = 10.0  # gates start at 0 and have to open within few epochs: they learn this many times as fast
+
+OnBatch = Callable[[int, int, int], None]
+"""Called after every step with (epoch from 1, step, steps of the epoch)."""
+
+
+class TrainingError(Exception):
+    """A training that came to no end worth reporting; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """How one trial trains.
+
+    Args:
+        epochs: Passes over the training images.
+        batch_size: Images in a step.
+        lr: Peak learning rate of AdamW.
+        seed: Decides order and augmentation of the images, and dropout.
+        device: "cpu", "cuda" or "cuda:<index>".
+        precision: A key of `PRECISIONS`.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    seed: int
+    device: str = "cpu"
+    precision: str = "float32"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch came to; `epoch` counts from 1, accuracies from 0 to 1."""
+
+    epoch: int
+    train_loss: float
+    train_top1: float
+    val_loss: float
+    val_top1: float
+    seconds: float
+
+
+def parameter_groups(net: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """AdamW's groups: weights decay, biases and norms do not, scalars (gates) do not and learn faster."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1 and p.numel() > 1], "lr": lr, "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in trained if p.ndim <= 1 and p.numel() > 1], "lr": lr, "weight_decay": 0.0},
+        {"params": [p for p in trained if p.numel() == 1], "lr": lr * GATE_RATE, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class _Batches:
+    """The batches of one epoch; the order of training is a function of seed and epoch alone."""
+
+    def __init__(self, split: Split, settings: TrialSettings, *, epoch: int, training: bool) -> None:
+        self.split, self.seed, self.epoch = split, settings.seed, epoch
+        count = len(split.labels)
+        if training:
+            mix = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+            chunks = torch.randperm(count, generator=mix).split(settings.batch_size)
+            # BatchNorm wants batches alike: the rest of an epoch waits for the next one, which is mixed anew
+            full = [chunk for chunk in chunks if len(chunk) == settings.batch_size]
+            self.chunks = full or list(chunks)
+        else:
+            self.chunks = list(torch.arange(count).split(settings.batch_size))
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for chunk in self.chunks:
+            yield self.split.batch(chunk, seed=self.seed, epoch=self.epoch), self.split.labels[chunk]
+
+
+class _Classifier(LightningModule):
+    """Cross-entropy with AdamW, a short warm-up and a cosine to zero."""
+
+    def __init__(self, net: nn.Module, data: Dataset, settings: TrialSettings, on_batch: OnBatch) -> None:
+        super().__init__()
+        self.net, self.data, self.settings, self.on_batch = net, data, settings, on_batch
+        classes = len(data.classes)
+        self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
+        self.train_top1 = MulticlassAccuracy(classes, average="micro")
+        self.val_top1 = MulticlassAccuracy(classes, average="micro")
+        self.measured: tuple[float, float] = (math.nan, math.nan)
+        self.history: list[Epoch] = []
+        self.started = 0.0
+
+    def train_dataloader(self) -> Any:
+        return _Batches(self.data.train, self.settings, epoch=self.current_epoch, training=True)
+
+    def val_dataloader(self) -> Any:
+        return _Batches(self.data.val, self.settings, epoch=0, training=False)
+
+    def on_train_epoch_start(self) -> None:
+        self.started = time.perf_counter()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        images, labels = batch
+        logits = self.net(images.contiguous(memory_format=torch.channels_last)).float()
+        loss = functional.cross_entropy(logits, labels)
+        self.train_loss.update(loss.detach())
+        self.train_top1.update(logits.detach(), labels)
+        self.on_batch(self.current_epoch + 1, index + 1, int(self.trainer.num_training_batches))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        images, labels = batch
+        logits = self.net(images.contiguous(memory_format=torch.channels_last)).float()
+        self.val_loss.update(functional.cross_entropy(logits, labels), weight=len(labels))
+        self.val_top1.update(logits, labels)
+
+    def on_validation_epoch_end(self) -> None:
+        self.measured = self.val_loss.compute().item(), self.val_top1.compute().item()
+        self.val_loss.reset()
+        self.val_top1.reset()
+
+    def on_train_epoch_end(self) -> None:
+        number, loss = self.current_epoch + 1, self.train_loss.compute().item()
+        if not (math.isfinite(loss) and math.isfinite(self.measured[0])):
+            raise TrainingError(f"the loss is not finite in epoch {number}")
+        top1 = self.train_top1.compute().item()
+        self.train_loss.reset()
+        self.train_top1.reset()
+        seconds = time.perf_counter() - self.started
+        self.history.append(Epoch(number, loss, top1, *self.measured, seconds))
+
+    def configure_optimizers(self) -> Any:
+        settings = self.settings
+        optimizer = torch.optim.AdamW(parameter_groups(self.net, settings.lr))
+        steps = settings.epochs * len(_Batches(self.data.train, settings, epoch=0, training=True))
+        warm_up = max(1, round(WARM_UP * steps))
+
+        def factor(step: int) -> float:
+            if step < warm_up:
+                return (step + 1) / warm_up
+            return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning says nothing while the context lasts; its errors are exceptions all the same."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(lightning|torchmetrics)\b")
+            # Lightning's advice on loaders and its calls of names that torch has since renamed, reported as torch's
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\b")
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\b")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Same arguments, same bits, on the CPU; CUDA lacks deterministic kernels for some layers."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.use_deterministic_algorithms(device.type == "cpu")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def train(
+    net: nn.Module,
+    data: Dataset,
+    settings: TrialSettings,
+    *,
+    on_batch: OnBatch = lambda epoch, step, steps: None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> list[Epoch]:
+    """Train a network in place.
+
+    On the CPU the result depends on nothing but the arguments (and the number of threads): not on what ran before, not
+    on the global random state, which is left as it was.
+
+    Args:
+        net: (B, C, H, W) to logits.
+        data: What to train and measure on.
+        settings: How.
+        on_batch: Called after every step.
+        on_epoch: Called after every epoch.
+
+    Returns:
+        One record per epoch.
+
+    Raises:
+        TrainingError: The loss became infinite or NaN.
+    """
+    device = torch.device(settings.device)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions train twice as fast on a CPU
+    module = _Classifier(net, data, settings, on_batch)
+    report = module.on_train_epoch_end
+
+    def finished() -> None:
+        report()
+        on_epoch(module.history[-1])
+
+    module.on_train_epoch_end = finished  # type: ignore[method-assign]
+    with _quiet(), _deterministic(device):
+        torch.manual_seed(settings.seed)
+        trainer = Trainer(
+            accelerator=device.type,
+            devices=1 if device.type == "cpu" else [device.index or 0],
+            precision=PRECISIONS[settings.precision],  # type: ignore[arg-type]
+            max_epochs=settings.epochs,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            reload_dataloaders_every_n_epochs=1,
+            plugins=[LightningEnvironment()],  # one process, also inside a cluster's job
+        )
+        try:
+            trainer.fit(module)
+        except SystemExit as stop:
+            if not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning turned Ctrl-C off and into an exit
+            raise KeyboardInterrupt from None
+    return module.history
