@@ -103,7 +103,7 @@ def compare(
         skip_unreadable=skip_unreadable,
     )
     if plan:
-        typer.echo(comparison.plan(settings))
+        typer.echo(comparison.estimate(settings))
         return
     try:
         report = comparison.compare(settings)

@@ -54,30 +54,34 @@ def count_flops(net: nn.Module, image: Tensor) -> int:
     return int(counter.get_total_flops())
 
 
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def measure_latency(net: nn.Module, images: Tensor) -> tuple[float, float]:
     """Median and 90th percentile in milliseconds of a forward pass in eval mode, after warm-up."""
     net.eval()
-    wait = torch.cuda.synchronize if images.is_cuda else (lambda: None)
     times: list[float] = []
     with torch.inference_mode():
         for _ in range(WARM_UP):
             net(images)
         until = time.perf_counter() + SECONDS
         while len(times) < LEAST or (len(times) < RUNS and time.perf_counter() < until):
-            wait()
+            _wait(images.device)
             start = time.perf_counter()
             net(images)
-            wait()
+            _wait(images.device)
             times.append(1000 * (time.perf_counter() - start))
     p50, p90 = torch.tensor(times).quantile(torch.tensor([0.5, 0.9])).tolist()
     return p50, p90
 
 
-class _Live(TorchDispatchMode):
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the bytes in live tensors while it is entered."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.known: set[int] = set()
         for tensor in tensors:
@@ -118,10 +122,10 @@ def peak_memory(net: nn.Module, optimizer: torch.optim.Optimizer, step: Callable
     optimizer.zero_grad(set_to_none=True)
     device = next(net.parameters()).device
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        _wait(device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
-        torch.cuda.synchronize(device)
+        _wait(device)
         return torch.cuda.max_memory_allocated(device) / MIB, "torch.cuda.max_memory_allocated over one training step"
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
     live = _Live([*net.parameters(), *net.buffers(), *state])

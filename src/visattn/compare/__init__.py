@@ -7,7 +7,7 @@ from pathlib import Path
 from visattn.compare.settings import Settings
 from visattn.errors import require
 
-__all__ = ["Settings", "compare", "plan"]
+__all__ = ["Settings", "compare", "estimate"]
 
 NEEDED = ("timm", "torchvision", "lightning", "torchmetrics", "mlxtend", "matplotlib", "jinja2", "safetensors")
 
@@ -25,12 +25,12 @@ def compare(settings: Settings) -> Path:
         UserError: A setting, the data or the run folder is not fit; nothing was written.
     """
     _require()
-    from visattn.compare.run import run
+    from visattn.compare import run as engine
 
-    return run(settings)
+    return engine.run(settings)
 
 
-def plan(settings: Settings) -> str:
+def estimate(settings: Settings) -> str:
     """Say what `compare` would do: the grid, with estimated time, memory and disk. Trains and writes nothing.
 
     Args:
@@ -40,9 +40,9 @@ def plan(settings: Settings) -> str:
         UserError: As for `compare`.
     """
     _require()
-    from visattn.compare.run import estimate
+    from visattn.compare import run as engine
 
-    return estimate(settings)
+    return engine.estimate(settings)
 
 
 def _require() -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from visattn.compare.arms import Arm
 from visattn.compare.folder import RunFolder, check_out, write_json
-from visattn.compare.plan import Arm, Plan, make_plan
+from visattn.compare.plan import Plan, make_plan
 from visattn.compare.progress import Progress, duration
 from visattn.compare.settings import Settings
 from visattn.compare.trials import measure_costs, run_trial
@@ -143,7 +144,7 @@ def _attempt(plan: Plan, folder: RunFolder, arm: Arm, seed: int, progress: Progr
 
 
 def estimate(settings: Settings) -> str:
-    """See `visattn.compare.plan`."""
+    """See `visattn.compare.estimate`."""
     with _undisturbed():
         check_out(settings.out)
         plan = make_plan(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import time
@@ -37,7 +38,8 @@ def _images(plan: Plan, count: int) -> Tensor:
 
 
 def _placed(plan: Plan, net: nn.Module) -> nn.Module:
-    return net.to(device=plan.settings.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    placed: nn.Module = net.to(device=plan.settings.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return placed
 
 
 def step0_difference(plan: Plan, net: nn.Module, seed: int) -> float:
@@ -45,7 +47,8 @@ def step0_difference(plan: Plan, net: nn.Module, seed: int) -> float:
     images = _images(plan, CHECKED)
     plain = _placed(plan, plan.build(plan.arms[0], seed)[0])
     with torch.no_grad():
-        return (_placed(plan, net).eval()(images) - plain.eval()(images)).abs().max().item()
+        difference: Tensor = _placed(plan, net).eval()(images) - plain.eval()(images)
+    return difference.abs().max().item()
 
 
 def run_trial(plan: Plan, folder: RunFolder, arm: Arm, seed: int, progress: Progress) -> None:
@@ -80,7 +83,7 @@ def run_trial(plan: Plan, folder: RunFolder, arm: Arm, seed: int, progress: Prog
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
         save_file(weights, path / "weights.safetensors", {key: str(value) for key, value in marks.items()})
         if seed == 0:
-            np.savez_compressed(path / "examples.npz", **attended(plan, net))
+            np.savez_compressed(path / "examples.npz", **attended(plan, arm, net))
         result = {
             **marks,
             "top1": epochs[-1].val_top1,
@@ -92,13 +95,16 @@ def run_trial(plan: Plan, folder: RunFolder, arm: Arm, seed: int, progress: Prog
         write_json(path / "result.json", result)
 
 
-def attended(plan: Plan, net: nn.Module) -> dict[str, Any]:
+def attended(plan: Plan, arm: Arm, net: nn.Module) -> dict[str, Any]:
     """Some validation images, what a network says they are, and what its blocks attended to, reduced for a picture."""
     count = len(plan.data.val.labels)
     indices = torch.linspace(0, count - 1, min(EXAMPLES, count)).round().long()
     images = plan.data.val.batch(indices, seed=0, epoch=0).to(plan.settings.device)
     net = _placed(plan, net).eval()
-    with torch.no_grad(), capture(net, queries=[QUERY]) as maps:
+    maps: dict[str, dict[str, Tensor]] = {}
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if arm.kind == "mechanism":
+            maps = stack.enter_context(capture(net, queries=[QUERY]))
         logits = net(images)
     found: dict[str, Any] = {
         "images": plan.data.val.pictures(indices).numpy(),
@@ -149,7 +155,7 @@ def measure_costs(plan: Plan, arm: Arm) -> tuple[Costs, float, float]:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
             loss = functional.cross_entropy(net(images).float(), labels)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if kind == "cuda":
             torch.cuda.synchronize()

@@ -24,7 +24,7 @@ SIZE = 60  # side of the canvas
 DIGIT = 28  # side of a source digit
 CROP = 8  # side of a piece of clutter
 PIECES = 4
-MEAN, STD = 0.064, 0.222  # of the training pixels, rounded
+MEAN, STD = 0.043, 0.188  # of the training pixels, rounded
 
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]

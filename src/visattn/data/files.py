@@ -186,7 +186,9 @@ def _read_all(
     items: list[tuple[Path, int]], side: int, *, keep: bool, workers: int
 ) -> tuple[list[tuple[Path, int]], Tensor | None, list[tuple[Path, str]]]:
     """Decode every file once: those that are whole, their pictures if they are kept, and the others with the reason."""
-    good, bad, kept = [], [], torch.empty(len(items) if keep else 0, 3, side, side, dtype=torch.uint8)
+    good: list[tuple[Path, int]] = []
+    bad: list[tuple[Path, str]] = []
+    kept = torch.empty(len(items) if keep else 0, 3, side, side, dtype=torch.uint8)
 
     def attempt(item: tuple[Path, int]) -> Tensor | str:
         try:
@@ -254,7 +256,7 @@ def from_folder(
     splits = []
     for good, kept, augment in halves:
         labels = torch.tensor([label for _, label in good], dtype=torch.int64)
-        if not good or (augment and len(labels.unique()) < len(classes)):
+        if not good or (augment and len(set(labels.tolist())) < len(classes)):
             raise UserError(f"--data {folder}: a class has no readable image left to train on, or none to measure on.")
         paths = [path for path, _ in good]
         for path in paths:
@@ -281,17 +283,19 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visattn"
 
 
-def _timm_split(name: str, split: str) -> Any:
-    """Open one split through timm; a failure is one line."""
+def _timm_split(name: str, *splits: str) -> Any:
+    """Open the first of some splits that there is through timm; a failure is one line."""
     data = require("timm.data", extra="compare", purpose="--data")
     root = _cache()
     root.mkdir(parents=True, exist_ok=True)
     options = {"download": True} if name.startswith(("torch/", "tfds/")) else {}
-    try:
-        return data.create_dataset(name, root=str(root), split=split, is_training=False, batch_size=1, **options)
-    except Exception as error:  # whatever the library behind the name raises: no such name, no network, no such split
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"--data {name}: timm.data could not open its {split} split: {said[:300]}") from error
+    failures: list[str] = []
+    for split in splits:
+        try:
+            return data.create_dataset(name, root=str(root), split=split, is_training=False, batch_size=1, **options)
+        except Exception as error:  # whatever the library behind the name raises: no such name, split or network
+            failures.append(" ".join(str(error).split()) or type(error).__name__)
+    raise UserError(f"--data {name}: timm.data could not open its {splits[0]} split: {failures[0][:300]}")
 
 
 def _classes(dataset: Any, labels: Tensor) -> tuple[str, ...]:
@@ -317,7 +321,7 @@ def from_timm(name: str, *, backbone_size: int, fixed_size: bool) -> Dataset:
     Raises:
         UserError: timm cannot open it, one class only, or it does not fit the memory set aside for pictures.
     """
-    opened = [_timm_split(name, split) for split in ("train", "validation")]
+    opened = [_timm_split(name, "train"), _timm_split(name, "validation", "test")]
     crop = side = 0
     splits: list[PictureSplit] = []
     digest = hashlib.sha256(name.encode())
@@ -348,7 +352,7 @@ def from_timm(name: str, *, backbone_size: int, fixed_size: bool) -> Dataset:
             )
         )
     classes = _classes(opened[0], splits[0].labels)
-    if len(splits[0].labels.unique()) < 2:
+    if len(set(splits[0].labels.tolist())) < 2:
         raise UserError(f"--data {name}: one class only. Two or more are needed.")
     if int(splits[1].labels.max()) >= len(classes):
         raise UserError(f"--data {name}: the validation split has classes that the train split lacks.")

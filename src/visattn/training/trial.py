@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import MeanMetric
@@ -89,12 +89,12 @@ class _Batches:
         count = len(split.labels)
         if training:
             mix = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
-            chunks = torch.randperm(count, generator=mix).split(settings.batch_size)
+            chunks = torch.split(torch.randperm(count, generator=mix), settings.batch_size)
             # BatchNorm wants batches alike: the rest of an epoch waits for the next one, which is mixed anew
             full = [chunk for chunk in chunks if len(chunk) == settings.batch_size]
             self.chunks = full or list(chunks)
         else:
-            self.chunks = list(torch.arange(count).split(settings.batch_size))
+            self.chunks = list(torch.split(torch.arange(count), settings.batch_size))
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -235,7 +235,7 @@ def train(
         TrainingError: The loss became infinite or NaN.
     """
     device = torch.device(settings.device)
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions train twice as fast on a CPU
+    net.to(memory_format=torch.channels_last)  # convolutions train twice as fast on a CPU
     module = _Classifier(net, data, settings, on_batch)
     report = module.on_train_epoch_end
 

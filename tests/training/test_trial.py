@@ -1,0 +1,110 @@
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import visattn
+from visattn.data import cluttered_digits
+from visattn.training import TrainingError, TrialSettings, parameter_groups, train
+
+SETTINGS = TrialSettings(epochs=2, batch_size=20, lr=2e-3, seed=3)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return cluttered_digits(train=50, val=30)
+
+
+def network():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(8 * 14 * 14, 10))
+
+
+def accuracies(history):
+    return [(e.epoch, e.train_loss, e.train_top1, e.val_loss, e.val_top1) for e in history]
+
+
+def test_a_trial_depends_on_its_arguments_alone(data):
+    first, second = network(), network()
+    one = train(first, data, SETTINGS)
+    torch.randn(17)  # the global random state plays no part
+    two = train(second, data, SETTINGS)
+    assert accuracies(one) == accuracies(two)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+    other = train(network(), data, TrialSettings(epochs=2, batch_size=20, lr=2e-3, seed=4))
+    assert accuracies(other) != accuracies(one)
+
+
+def test_the_random_state_of_the_caller_is_left_alone(data):
+    net = network()
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    train(net, data, SETTINGS)
+    assert torch.equal(torch.randn(3), expected)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_it_says_nothing_and_writes_nothing(data, capsys, caplog, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(network(), data, SETTINGS)
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err, caplog.text) == ("", "", "")
+    assert [str(w.message) for w in caught] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_epochs_are_counted_from_one_and_reported_as_they_end(data):
+    seen, steps = [], []
+    history = train(network(), data, SETTINGS, on_epoch=seen.append, on_batch=lambda *a: steps.append(a))
+    assert seen == history
+    assert [epoch.epoch for epoch in history] == [1, 2]
+    assert steps == [(1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 2)]  # 50 images are two full batches of 20
+    assert all(0 <= epoch.val_top1 <= 1 and epoch.seconds > 0 for epoch in history)
+
+
+def test_it_learns(data):
+    history = train(network(), data, TrialSettings(epochs=8, batch_size=10, lr=2e-3, seed=0))
+    assert history[-1].train_loss < history[0].train_loss
+
+
+def test_a_loss_that_is_not_finite_ends_the_trial(data):
+    net = network()
+    with torch.no_grad():
+        net[-1].bias.fill_(math.nan)
+    with pytest.raises(TrainingError, match="the loss is not finite in epoch 1"):
+        train(net, data, SETTINGS)
+
+
+def test_gates_learn_faster_and_vectors_do_not_decay():
+    net = network()
+    visattn.insert(net, "dual", at="0", sample=torch.randn(2, 1, 60, 60))
+    groups = parameter_groups(net, lr=1e-3)
+    assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
+    assert {p.ndim > 1 for p in groups[0]["params"]} == {True}
+    assert {p.ndim for p in groups[1]["params"]} == {1}
+    assert [group["weight_decay"] > 0 for group in groups] == [True, False, False]
+    assert any(p is net[0].gate for p in groups[2]["params"])
+    assert groups[2]["lr"] == pytest.approx(1e-2)
+
+
+def test_gates_open(data):
+    net = network()
+    record = visattn.insert(net, "dual", at="0", sample=torch.randn(2, 1, 60, 60))
+    train(net, data, SETTINGS)
+    assert record.gates()["0"] != 0
+
+
+def test_ctrl_c_reaches_the_caller(data):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), data, SETTINGS, on_batch=interrupt)
