@@ -45,7 +45,7 @@ def test_sigkill_in_mid_trial_changes_nothing(tmp_path, pictures):
     killed.stdout.close(), killed.stderr.close()
 
     again = start(tmp_path / "killed", pictures)
-    output, said = again.communicate(timeout=120)
+    _, said = again.communicate(timeout=120)
     assert again.returncode == 0, said
     assert "Continuing: 1 of 3 trials are finished." in said
     assert "  plain  seed" not in said
@@ -68,7 +68,7 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path, pictures):
             assert time.monotonic() < until
             time.sleep(0.05)
         second = start(tmp_path / "out", pictures)
-        output, said = second.communicate(timeout=60)
+        _, said = second.communicate(timeout=60)
         assert second.returncode == 2
         assert f"out: another visattn compare (process {first.pid}) is writing to it." in said
     finally:
