@@ -13,7 +13,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def paint_folder(path, classes=("left", "right"), count=10):
+def _paint(path, classes=("left", "right"), count=10):
     """Squares in the left or the right half of small noisy images."""
     for side, name in enumerate(classes):
         (path / name).mkdir(parents=True)
@@ -27,4 +27,10 @@ def paint_folder(path, classes=("left", "right"), count=10):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    return paint_folder(tmp_path_factory.mktemp("data") / "pictures")
+    return _paint(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture
+def paint_folder():
+    """A function that makes a folder of class folders."""
+    return _paint

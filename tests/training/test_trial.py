@@ -33,9 +33,8 @@ def test_a_trial_depends_on_its_arguments_alone(data):
     torch.randn(17)  # the global random state plays no part
     two = train(second, data, SETTINGS)
     assert accuracies(one) == accuracies(two)
-    assert all(
-        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
-    )
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     other = train(network(), data, TrialSettings(epochs=2, batch_size=20, lr=2e-3, seed=4))
     assert accuracies(other) != accuracies(one)
 
@@ -68,6 +67,12 @@ def test_epochs_are_counted_from_one_and_reported_as_they_end(data):
     assert [epoch.epoch for epoch in history] == [1, 2]
     assert steps == [(1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 2)]  # 50 images are two full batches of 20
     assert all(0 <= epoch.val_top1 <= 1 and epoch.seconds > 0 for epoch in history)
+
+
+def test_a_network_that_comes_in_eval_mode_is_trained_in_train_mode(data):
+    net = network().eval()
+    train(net, data, SETTINGS)
+    assert net[1].num_batches_tracked == 4
 
 
 def test_it_learns(data):

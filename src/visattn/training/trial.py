@@ -235,6 +235,7 @@ def train(
         TrainingError: The loss became infinite or NaN.
     """
     device = torch.device(settings.device)
+    net.train()  # Lightning keeps the mode it finds
     net.to(memory_format=torch.channels_last)  # convolutions train twice as fast on a CPU
     module = _Classifier(net, data, settings, on_batch)
     report = module.on_train_epoch_end
