@@ -220,6 +220,20 @@ def test_gate_opens_in_training_and_the_host_learns_as_before():
     assert record.gates()["2"] != 0
 
 
+@pytest.mark.parametrize("name", [*visattn.list_blocks("attention"), *visattn.list_blocks("convolution")])
+def test_every_inserted_parameter_learns_within_three_steps(name):
+    net, x = small_net(), torch.randn(4, 3, 9, 7)
+    visattn.insert(net, name, at="2", sample=x)
+    before = {key: p.detach().clone() for key, p in net.named_parameters() if ".block." in key or "gate" in key}
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+    still = {key for key, p in net.named_parameters() if key in before and torch.equal(p, before[key])}
+    assert not still
+
+
 def test_insertions_nest_and_come_out_in_reverse_order():
     net, x = small_net(), torch.randn(2, 3, 9, 7)
     first = visattn.insert(net, "dual", at="2", sample=x)

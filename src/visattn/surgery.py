@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visattn.blocks import Block
 from visattn.registry import resolve
 
 __all__ = ["Inserted", "Insertion", "Place", "find_places", "insert"]
@@ -366,7 +367,8 @@ def insert(
 ) -> Insertion:
     """Insert a block behind modules of a network, its output unchanged until training opens the gates.
 
-    Each place becomes `y = x + gate * (block(x) - x)`, gate a learned scalar starting at 0. Weights of the network
+    Each place becomes `y = x + gate * (block(x) - x)`, gate a learned scalar starting at 0; a zero start of the block's
+    own (gamma of dual attention) is set to 1, since the gate has taken its place. Weights of the network
     keep their values and `requires_grad`. Convolutional maps, channels-last maps of timm and token sequences are
     told apart by shape; on tokens a mechanism's token form is used, or its map form on the grid of patches.
 
@@ -398,6 +400,9 @@ def insert(
     inserted: dict[str, Inserted] = {}
     for place in chosen:
         built = _build(net, block, place, options).to(device=place.device, dtype=place.dtype)
+        for module in built.modules():
+            if isinstance(module, Block):
+                module.wake()
         inserted[place.name] = Inserted(net.get_submodule(place.name), built, place)
     record = Insertion(
         title=_title(block),

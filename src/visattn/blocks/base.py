@@ -38,6 +38,9 @@ class Block(nn.Module):
         """
         return {}
 
+    def wake(self) -> None:
+        """Leave a start as the identity to the gate of `visattn.insert`: two zeros in a row would never learn."""
+
 
 def check_map(owner: object, x: Tensor, channels: int) -> None:
     """Raise unless `x` is (B, channels, H, W)."""

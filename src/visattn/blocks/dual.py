@@ -96,6 +96,10 @@ class PositionAttention(Block):
         out = position_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x), impl=self.impl)
         return x + self.gamma * out
 
+    def wake(self) -> None:
+        """Gamma 1."""
+        nn.init.ones_(self.gamma)
+
     def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
         """`position`: (B, 1, Q, H, W), what the chosen positions attend to."""
         chosen = query_indices(queries, x.shape[2], x.shape[3], x.device)
@@ -158,6 +162,10 @@ class ChannelAttention(Block):
         """(B, C, H, W) to (B, C, H, W)."""
         check_map(self, x, self.channels)
         return x + self.gamma * channel_attention(x, inverted=self.inverted, impl=self.impl)
+
+    def wake(self) -> None:
+        """Gamma 1."""
+        nn.init.ones_(self.gamma)
 
     def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
         """`channel`: (B, C, C), what each channel attends to."""
