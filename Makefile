@@ -7,7 +7,9 @@ READY := $(VENV)/ready
 .PHONY: demo test lint format
 
 demo: $(READY)
+	@echo "A short run: 4 epochs and 2 seeds, where 'visattn compare' by itself takes 20 and 3."
 	$(BIN)/visattn compare --epochs 4 --seeds 2 --out demo
+	@echo "The full one: $(BIN)/visattn compare --out full"
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -q
