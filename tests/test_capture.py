@@ -77,3 +77,27 @@ def test_what_cannot_be_captured_is_said():
         pass
     with pytest.raises(ValueError, match=r"fractions of height and width in \[0, 1\], got \(\(3, 4\),\)"):
         visattn.capture(visattn.ChannelAttention(8), queries=((3, 4),)).__enter__()
+
+
+def test_arguments_by_name():
+    block = visattn.MultiHeadAttention(16)
+    with visattn.capture(block) as maps:
+        block(queries=torch.randn(2, 5, 16), keys=torch.randn(2, 7, 16))
+    assert maps[""]["position"].shape == (2, 8, 1, 7)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_queries_of_any_iterable(count):
+    block = visattn.PositionAttention(8)
+    with visattn.capture(block, queries=((i / 3, 0.5) for i in range(count))) as maps:
+        block(torch.randn(2, 8, 5, 7))
+    assert maps[""]["position"].shape == (2, 1, count, 5, 7)
+
+
+@pytest.mark.parametrize("queries", [(0.5, 0.5), [(0.5,)], [(0.5, 0.5, 0.5)]])
+def test_queries_that_are_no_pairs(queries):
+    with (
+        pytest.raises(ValueError, match=r"queries must be a list of pairs \(row, column\), got"),
+        visattn.capture(visattn.PositionAttention(8), queries=queries),
+    ):
+        pass

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,8 +42,9 @@ def _watch(
     name: str, maps: dict[str, dict[str, Tensor]], queries: Sequence[tuple[float, float]]
 ) -> Callable[..., None]:
     def hook(block: Block, args: Any, kwargs: Any, output: Any) -> None:
+        call = inspect.signature(block.forward).bind(*args, **kwargs)  # by position: forward may have its own `queries`
         with torch.no_grad(), _spare_buffers(block):
-            found = block.attention_maps(*args, **kwargs, queries=queries)
+            found = block.attention_maps(*call.args, **call.kwargs, queries=queries)
         maps[name] = {kind: tensor.detach() for kind, tensor in found.items()}
 
     return hook
@@ -69,7 +71,7 @@ def capture(
         "branch" (B, K, C): each channel's weights over branches.
 
     Raises:
-        ValueError: The network has no visattn block, or a query lies outside [0, 1].
+        ValueError: The network has no visattn block, or a query is no pair of fractions in [0, 1].
 
     Example:
         >>> block = visattn.create("external", 8)
@@ -78,6 +80,9 @@ def capture(
         >>> maps[""]["slot"].shape
         torch.Size([2, 64, 5, 7])
     """
+    queries = tuple(queries)
+    if not all(isinstance(query, Iterable) and len(tuple(query)) == 2 for query in queries):
+        raise ValueError(f"capture: queries must be a list of pairs (row, column), got {queries!r}.")
     if not all(0 <= fraction <= 1 for query in queries for fraction in query):
         raise ValueError(f"capture: queries must be fractions of height and width in [0, 1], got {queries!r}.")
     maps: dict[str, dict[str, Tensor]] = {}
@@ -88,6 +93,6 @@ def capture(
         if "torch._dynamo" in sys.modules:  # compiled code would not call the hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, block in blocks.items():
-            handle = block.register_forward_hook(_watch(name, maps, tuple(queries)), with_kwargs=True)
+            handle = block.register_forward_hook(_watch(name, maps, queries), with_kwargs=True)
             stack.callback(handle.remove)
         yield maps

@@ -78,7 +78,7 @@ def query_indices(
 ) -> Tensor:
     """Flat position of each (row, column) fraction in a height x width map."""
     rows_columns = [(min(int(r * height), height - 1), min(int(c * width), width - 1)) for r, c in queries]
-    return torch.tensor([row * width + column for row, column in rows_columns], device=device)
+    return torch.tensor([row * width + column for row, column in rows_columns], dtype=torch.long, device=device)
 
 
 def token_query_indices(
