@@ -333,3 +333,37 @@ def test_capture_sees_it_without_touching_it(name):
         block(x), reference(x)
     assert fast.keys() == plain.keys()
     assert all(torch.allclose(fast[k][kind], plain[k][kind], atol=1e-5) for k in fast for kind in fast[k])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_batch(name):
+    block = example(name).train()
+    with visattn.capture(block):
+        out = outputs(block, example_input(name, batch=1)[:0].requires_grad_())
+    sum(o.sum() for o in out).backward()
+    assert all(o.shape[0] == 0 for o in out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mask_of_keys_alone(dtype):
+    block, x = example("multihead_tokens").to(dtype), example_input("multihead_tokens", dtype=dtype)
+    mask = torch.arange(x.shape[1]) % 3 == 0
+    assert torch.equal(block(x, attention_mask=mask), block(x, attention_mask=mask[None, None, None]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: visattn.create("mhsa", 16, attn_drop=-0.1), r"attn_drop must lie in \[0, 1\], got attn_drop=-0.1"),
+        (lambda: visattn.create("external_heads", 16, proj_drop=2), r"proj_drop must lie in \[0, 1\], got proj_drop=2"),
+        (lambda: visattn.create("external_heads", 16, num_heads=0), "sizes must be >= 1, got dim=16, num_heads=0"),
+        (lambda: visattn.create("dual_head", 16, 0), "out_channels must be >= 1, got out_channels=0"),
+        (
+            lambda: visattn.create("mha", 16)(torch.ones(1, 5, 16), torch.ones(1, 7, 16), torch.ones(1, 6, 16)),
+            r"as many values as keys, got keys=\(1, 7, 16\), values=\(1, 6, 16\)",
+        ),
+    ],
+)
+def test_sizes_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -247,7 +247,7 @@ class DualAttentionHead(Block):
         Input (B, in_channels, H, W), output three maps (B, out_channels, H, W): fused, position, channel.
 
     Raises:
-        ValueError: Fewer than 4 input channels, or an input of another shape.
+        ValueError: Fewer than 4 input channels, no output channel, or an input of another shape.
 
     Differs from the authors' code:
         Fewer than 32 input channels work (see `PositionAttention`). `norm_layer` has a default.
@@ -275,6 +275,7 @@ class DualAttentionHead(Block):
     ) -> None:
         super().__init__()
         check(in_channels >= 4, "DualAttentionHead", "in_channels must be >= 4", in_channels=in_channels)
+        check(out_channels >= 1, "DualAttentionHead", "out_channels must be >= 1", out_channels=out_channels)
         self.in_channels = in_channels
         inner = in_channels // 4
 

@@ -139,8 +139,17 @@ class MultiHeadExternalAttention(Block):
     ) -> None:
         super().__init__()
         name = "MultiHeadExternalAttention"
-        check(min(dim, num_heads, num_slots) >= 1, name, "sizes must be >= 1", dim=dim, num_slots=num_slots)
+        check(
+            min(dim, num_heads, num_slots) >= 1,
+            name,
+            "sizes must be >= 1",
+            dim=dim,
+            num_heads=num_heads,
+            num_slots=num_slots,
+        )
         check(dim % num_heads == 0, name, "dim must be a multiple of num_heads", dim=dim, num_heads=num_heads)
+        check(0 <= attn_drop <= 1, name, "attn_drop must lie in [0, 1]", attn_drop=attn_drop)
+        check(0 <= proj_drop <= 1, name, "proj_drop must lie in [0, 1]", proj_drop=proj_drop)
         self.dim, self.num_heads, self.num_slots, self.impl = dim, num_heads, num_slots, impl
         head_dim = dim // num_heads
         self.trans_dims = nn.Linear(dim, dim * self.widening, device=device, dtype=dtype)
@@ -157,7 +166,7 @@ class MultiHeadExternalAttention(Block):
 
     def _heads(self, x: Tensor) -> Tensor:
         wide: Tensor = self.trans_dims(x)
-        return wide.view(*x.shape[:2], self.widening * self.num_heads, -1).transpose(1, 2)
+        return wide.view(*x.shape[:2], self.widening * self.num_heads, self.dim // self.num_heads).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, dim) to (B, N, dim)."""
@@ -274,7 +283,7 @@ class ExternalAttention2d(Block):
     def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
         """`slot`: (B, S, H, W), each position's weights over the slots."""
         logits = self.linear_0(self.conv1(x).flatten(2))
-        return {"slot": double_normalize(logits, eps=self.eps).view(x.shape[0], -1, *x.shape[2:])}
+        return {"slot": double_normalize(logits, eps=self.eps).view(x.shape[0], self.num_slots, *x.shape[2:])}
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

@@ -81,6 +81,7 @@ class MultiHeadAttention(Block):
                 dim=dim,
                 num_heads=num_heads,
             )
+        check(0 <= attn_drop <= 1, name, "attn_drop must lie in [0, 1]", attn_drop=attn_drop)
         head_dim = dim // num_heads if head_dim is None else head_dim
         value_dim = dim // num_heads if value_dim is None else value_dim
         check(head_dim >= 1 and value_dim >= 1, name, "sizes must be >= 1", head_dim=head_dim, value_dim=value_dim)
@@ -105,7 +106,9 @@ class MultiHeadAttention(Block):
 
     def _heads(self, x: Tensor, projection: str) -> Tensor:
         x = getattr(self, projection)(x) if self.project else x
-        return x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # (B, heads, N, width)
+        return x.reshape(*x.shape[:2], self.num_heads, x.shape[-1] // self.num_heads).transpose(
+            1, 2
+        )  # (B, heads, N, width)
 
     def forward(
         self,
@@ -121,6 +124,13 @@ class MultiHeadAttention(Block):
         values = keys if values is None else values
         for tokens in (queries, keys, values):
             check_tokens(self, tokens, self.dim)
+        check(
+            keys.shape[1] == values.shape[1],
+            "MultiHeadAttention",
+            "there must be as many values as keys",
+            keys=tuple(keys.shape),
+            values=tuple(values.shape),
+        )
         out = multihead_attention(
             self._heads(queries, "fc_q"),
             self._heads(keys, "fc_k"),

@@ -137,5 +137,7 @@ def multihead_attention(
             "attention_mask must be boolean, True where a key is not to be attended to",
             dtype=attention_mask.dtype,
         )
+        if attention_mask.ndim < 2:  # the fused kernels want both axes
+            attention_mask = attention_mask.expand(query.shape[-2], key.shape[-2])
     function = choose("multihead_attention", impl, {"auto": _auto, "reference": _reference})
     return function(query, key, value, attention_mask, attention_weights, scale, dropout_p)
