@@ -1,4 +1,5 @@
 import json
+import os
 import zipfile
 import zlib
 
@@ -378,6 +379,21 @@ def test_bad_arguments_get_one_line(arguments, message, run):
     assert (code, out) == (2, "")
     assert err.startswith(f"visattn: {message}")
     assert err.count("\n") == 1
+
+
+def test_the_json_replaces_files_alone(run, tmp_path):
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target.json"
+    os.mkfifo(pipe)
+    code, _, err = run("cam_a", "--json", pipe)
+    assert (code, err) == (2, f"visattn: {pipe} is not a regular file. Give the name of a file for --json\n")
+    assert pipe.is_fifo()
+    link.symlink_to(target)
+    assert run("cam_a", "--json", link)[0] == 0
+    assert link.is_symlink()
+    assert json.loads(target.read_text())["passed"] == 1
+    code, _, err = run("cam_a", "--json", tmp_path / ("a" * 300))
+    assert code == 2
+    assert err.endswith("(File name too long)\n")
 
 
 def test_an_empty_folder_and_a_mechanism_without_cases(run, tmp_path):

@@ -61,7 +61,7 @@ def verify(
         raise UserError(f"unknown dtype {dtype!r}. Choose from {', '.join(_DTYPES)}")
     place = _device(device)
     if json_file is not None:
-        _check_writable(json_file)
+        json_file = _writable(json_file)
     chosen = _choose(load_cases(SHIPPED if cases is None else cases), names)
     console = console or _console()
     results = []
@@ -214,14 +214,21 @@ def _as_json(results: list[Result], device: torch.device, dtype: str) -> dict[st
     }
 
 
-def _check_writable(path: Path) -> None:
-    """Raise before any work if the file cannot be written."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder. Give the name of a file for --json")
-    if not path.parent.is_dir():
-        raise UserError(f"no such folder: {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"cannot write into {path.parent}")
+def _writable(path: Path) -> Path:
+    """The file that a path leads to; raise before any work if it cannot be written."""
+    target = Path(os.path.realpath(path))  # a link stays a link
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder. Give the name of a file for --json")
+        if target.exists() and not target.is_file():  # it would be replaced by a file, /dev/null too
+            raise UserError(f"{path} is not a regular file. Give the name of a file for --json")
+        if not target.parent.is_dir():
+            raise UserError(f"no such folder: {path.parent}")
+        if not os.access(target.parent, os.W_OK):
+            raise UserError(f"cannot write into {path.parent}")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror})") from error
+    return target
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
