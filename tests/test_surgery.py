@@ -265,3 +265,52 @@ def test_sample_can_be_arguments():
     for sample in (pair, tuple(pair.values())):
         net = Two()
         assert visattn.insert(net, "dual", at="conv", sample=sample).max_difference == 0
+
+
+def test_channels_are_found_where_the_layers_have_them():
+    swin = torchvision.models.swin_t()
+    layouts = {name: place.layout for name, place in visattn.find_places(swin, torch.randn(1, 3, 64, 96)).items()}
+    assert layouts["features.0.0"] == "map"
+    assert layouts["features.0"] == layouts["features.7"] == "map_last"
+    small = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2, num_classes=0)
+    x = torch.randn(1, 3, 64, 64)
+    assert visattn.find_places(small, x)["patch_embed.proj"].layout == "map"
+    within = nn.Sequential(small)  # has no output_fmt
+    assert visattn.find_places(within, x)["0.layers.3"].channels == 768
+
+
+def test_what_has_no_patches_or_mixes_samples_is_no_place():
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.mix = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.mix(self.patches(x).flatten(2).permute(2, 0, 1)).mean(0)
+
+    assert list(visattn.find_places(SequenceFirst(), torch.randn(1, 3, 16, 16))) == ["patches"]
+    for net, x in (
+        (nn.Sequential(nn.Conv1d(3, 16, 3), nn.ReLU()), torch.randn(1, 3, 20)),
+        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU()), torch.randn(3, 20, 20)),  # one image, no batch
+    ):
+        with pytest.raises(ValueError, match=r"the network has no place for a block: no module of it gives \(B, C, H"):
+            visattn.insert(net, "ea", at="0", sample=x)
+
+
+def test_a_grid_that_is_not_square_is_not_guessed():
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.mix = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.mix(self.patches(x).flatten(2).transpose(1, 2)).mean(1)
+
+    with pytest.raises(ValueError, match="mix gives 48 tokens, which are no square grid of patches"):
+        visattn.insert(Patches(), "sk", at="mix", sample=torch.randn(1, 3, 24, 32))
+
+
+def test_of_places_within_each_other_the_outermost_is_taken_over_all_patterns():
+    net = timm.create_model("resnet18")
+    record = visattn.insert(net, "dual_channel", at=["layer4.0", "layer[34]"], sample=torch.randn(1, 3, 33, 65))
+    assert [place.name for place in record.places] == ["layer3", "layer4"]

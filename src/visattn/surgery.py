@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,8 @@ from visattn.blocks import Block
 from visattn.registry import resolve
 
 __all__ = ["Inserted", "Insertion", "Place", "find_places", "insert"]
+
+_MOST_PREFIX_TOKENS = 5  # a class token and four registers; more is a grid that is not square
 
 Sample = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -261,24 +263,46 @@ def find_places(net: nn.Module, sample: Sample | None = None) -> dict[str, Place
     return _find_places(net, _default_sample(net) if sample is None else sample)[0]
 
 
+def _channel_axis(module: nn.Module, output: Tensor) -> int | None:
+    """1 or -1 where a layer tells the axis of the channels in its output."""
+    if isinstance(module, nn.Linear):
+        return -1
+    if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm):
+        return 1
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
+        axes = [axis for axis in (1, -1) if output.shape[axis] == module.normalized_shape[0]]
+        return axes[0] if len(axes) == 1 else None  # timm's and torchvision's LayerNorm2d are of its kind
+    return None
+
+
 def _find_places(net: nn.Module, sample: Sample) -> tuple[dict[str, Place], Any]:
-    last = "map_last" if getattr(net, "output_fmt", None) == "NHWC" else "map"
+    batch = next((tensor.shape[0] for tensor in _tensors(sample) if tensor.ndim), None)
+    last = getattr(net, "output_fmt", None) == "NHWC"
     inside = {id(m) for i in net.modules() if isinstance(i, Inserted) for m in i.block.modules()}
-    found: dict[str, Place] = {}
-    unfit: set[str] = set()
+    calls: dict[str, list[Tensor | None]] = {}  # outputs without content
+    told: dict[int, set[torch.Size]] = {1: set(), -1: set()}  # shapes by the axis of their channels
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor) or output.ndim not in (3, 4) or not output.is_floating_point():
-                unfit.add(name)
-                return
-            layout = "tokens" if output.ndim == 3 else last
-            place = Place(name, tuple(output.shape[1:]), layout, output.dtype, output.device)
-            if name in found and (found[name].channels, found[name].layout) != (place.channels, layout):
-                unfit.add(name)  # run twice with different widths: no one block fits
-            found.setdefault(name, place)
+            fits = isinstance(output, Tensor) and output.ndim in (3, 4) and output.is_floating_point()
+            calls.setdefault(name, []).append(output.new_empty(()).expand(output.shape) if fits else None)
+            axis = _channel_axis(module, output) if fits else None
+            if axis is not None:
+                told[axis].add(output.shape)
 
         return hook
+
+    def place(name: str, output: Tensor | None) -> Place | None:
+        if output is None:
+            return None
+        first, final = output.shape in told[1], output.shape in told[-1]
+        if output.ndim == 4:
+            layout = "map_last" if (final if first != final else last) else "map"
+        elif (first and not final) or output.shape[0] != batch == output.shape[1]:
+            return None  # (B, C, N), or (N, B, C), where a block would mix the samples
+        else:
+            layout = "tokens"
+        return Place(name, tuple(output.shape[1:]), layout, output.dtype, output.device)
 
     handles = [
         module.register_forward_hook(watch(name))
@@ -291,36 +315,47 @@ def _find_places(net: nn.Module, sample: Sample) -> tuple[dict[str, Place], Any]
     finally:
         for handle in handles:
             handle.remove()
-    order = [name for name, _ in net.named_modules() if name in found and name not in unfit]
-    return {name: found[name] for name in order}, output
+    found = {}
+    for name, _ in net.named_modules():
+        places = [place(name, made) for made in calls.get(name, [])]
+        if places and places[0] and len({p and (p.channels, p.layout) for p in places}) == 1:
+            found[name] = places[0]  # run twice with different widths, no one block fits
+    return found, output
 
 
 def _match(places: Mapping[str, Place], at: str | Sequence[str]) -> list[Place]:
     """Places that fit a name or glob pattern (`*` crosses dots); of nested ones only the outermost."""
     chosen: set[str] = set()
-    for pattern in [at] if isinstance(at, str) else list(at):
-        regex = re.compile(re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "."))
-        names = [name for name in places if regex.fullmatch(name)]
-        names = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+    patterns = [at] if isinstance(at, str) else list(at)
+    if not patterns:
+        raise ValueError(f"insert: at must name at least one place, got {at!r}.")
+    for pattern in patterns:
+        names = [name for name in places if name == pattern or fnmatch.fnmatchcase(name, pattern)]
         if not names:
+            if not places:
+                raise ValueError(
+                    "insert: the network has no place for a block: no module of it gives (B, C, H, W), (B, H, W, C) or "
+                    "(B, N, C) on the sample."
+                )
             shallow = [str(p) for p in places.values() if p.name.count(".") <= 1] or [str(p) for p in places.values()]
             rest = len(places) - len(shallow)
             more = f", and {rest} deeper ones (visattn.find_places lists all)" if rest else ""
             raise ValueError(f"insert: at={pattern!r} matches no place. Places: {', '.join(shallow)}{more}.")
         chosen.update(names)
-    return [place for name, place in places.items() if name in chosen]
+    outermost = {name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)}
+    return [place for name, place in places.items() if name in outermost]
 
 
 def _grid(net: nn.Module, place: Place) -> tuple[int, tuple[int, int]]:
     """Number of prefix tokens and the patch grid of a place of tokens."""
     tokens = place.shape[0]
-    prefix = getattr(net, "num_prefix_tokens", None)
-    prefix = tokens - math.isqrt(tokens) ** 2 if prefix is None else int(prefix)
+    told = getattr(net, "num_prefix_tokens", None)
+    prefix = tokens - math.isqrt(tokens) ** 2 if told is None else int(told)
     patches = tokens - prefix
     height, width = getattr(getattr(net, "patch_embed", None), "grid_size", None) or (0, 0)
     if height * width != patches:
         height = width = math.isqrt(patches)
-    if height * width != patches:
+    if height * width != patches or (told is None and prefix > _MOST_PREFIX_TOKENS):
         raise ValueError(
             f"insert: {place.name} gives {tokens} tokens, which are no square grid of patches. "
             "Use a block for tokens (visattn.list_blocks(role='tokens'))."
