@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import io
 import math
 import pickle
@@ -267,6 +268,63 @@ def test_sample_can_be_arguments():
         assert visattn.insert(net, "dual", at="conv", sample=sample).max_difference == 0
 
 
+def test_running_through_a_stage_module_by_module_includes_the_block():
+    net, x = timm.create_model("resnet18", num_classes=7).eval(), torch.randn(2, 3, 65, 65)
+    for mechanism in ("dual_channel", "ea"):  # one around the other
+        visattn.insert(net, mechanism, at="layer4", sample=x)
+    with torch.no_grad():
+        net.layer4.gate.fill_(0.5)
+        net.layer4.host.gate.fill_(0.5)
+        net.layer4.host.block.gamma.fill_(1.0)
+    expected = net(x)
+    net.set_grad_checkpointing(True)  # timm runs the children of the stages
+    assert torch.equal(net(x), expected)
+    assert len(net.layer4) == len(list(net.layer4)) == 2
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64)
+    visattn.insert(vit, "ea", at="blocks", sample=torch.randn(1, 3, 64, 64))
+    assert vit.forward_intermediates(torch.randn(1, 3, 64, 64))[0].shape == (1, 17, 192)
+
+
+def test_settings_reach_the_host():
+    net = timm.create_model("convnext_atto")
+    visattn.insert(net, "ea", at="stages.3", sample=torch.randn(1, 3, 65, 33))
+    net.set_grad_checkpointing(True)
+    assert net.stages[3].host.grad_checkpointing is True
+    net.stages[3].gate = nn.Parameter(torch.ones(()))
+    assert dict(net.named_parameters())["stages.3.gate"] == 1
+
+
+def test_checkpoint_of_a_host_with_a_block_of_its_own_loads():
+    net, x = torchvision.models.convnext_tiny(), torch.randn(1, 3, 33, 33)
+    saved = copy.deepcopy(net.state_dict())
+    visattn.insert(net, "dual", at="features.1.0", sample=x)  # torchvision's has a submodule `block`
+    with torch.no_grad():
+        net.features[1][0].host.block[0].weight.zero_()
+    keys = net.load_state_dict(saved, strict=False)
+    assert not keys.unexpected_keys
+    assert torch.equal(net.features[1][0].host.block[0].weight, saved["features.1.0.block.0.weight"])
+
+
+def test_checkpoints_of_one_insertion_load_into_two_and_those_of_the_blocks_alone():
+    net, x = small_net(), torch.randn(1, 3, 9, 7)
+    visattn.insert(net, "dual", at="2", sample=x)
+    net[2].gate.data.fill_(0.7)
+    saved = copy.deepcopy(net.state_dict())
+    own = {key: value for key, value in saved.items() if key.startswith(("2.gate", "2.block."))}
+    net[2].gate.data.zero_()
+    assert not net.load_state_dict(own, strict=False).unexpected_keys
+    assert net[2].gate == saved["2.gate"]
+    net, x = small_net(), torch.randn(1, 3, 9, 7)
+    visattn.insert(net, "dual", at="0", sample=x)
+    net[0].gate.data.fill_(0.7)
+    saved = copy.deepcopy(net.state_dict())
+    visattn.insert(net, "ea", at="0", sample=x)
+    net[0].host.gate.data.zero_()
+    assert not net.load_state_dict(saved, strict=False).unexpected_keys
+    assert net[0].host.gate == saved["0.gate"]
+    assert net[0].gate == 0
+
+
 def test_channels_are_found_where_the_layers_have_them():
     swin = torchvision.models.swin_t()
     layouts = {name: place.layout for name, place in visattn.find_places(swin, torch.randn(1, 3, 64, 96)).items()}
@@ -314,3 +372,90 @@ def test_of_places_within_each_other_the_outermost_is_taken_over_all_patterns():
     net = timm.create_model("resnet18")
     record = visattn.insert(net, "dual_channel", at=["layer4.0", "layer[34]"], sample=torch.randn(1, 3, 33, 65))
     assert [place.name for place in record.places] == ["layer3", "layer4"]
+
+
+def test_a_class_gets_the_options():
+    net = small_net()
+    visattn.insert(net, visattn.DualAttention, at="2", sample=torch.randn(1, 3, 9, 7), reduction=2)
+    assert net[2].block.position.query_conv.out_channels == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"block": visattn.DualAttention(64)},
+            "a name, a class or a function of a channel count, got an instance of Dual",
+        ),
+        ({"block": "sk", "stride": 2}, r"must have the shape of its input, got \(1, 64, 5, 4\) for \(1, 64, 9, 7\)"),
+        ({"block": "sk", "stride": 9}, r"must have the shape of its input, got \(1, 64, 1, 1\) for \(1, 64, 9, 7\)"),
+        ({"at": []}, r"at must name at least one place, got \[\]"),
+    ],
+)
+def test_what_would_be_inserted_wrongly_is_refused(arguments, message):
+    net = small_net()
+    with pytest.raises(ValueError, match=message):
+        visattn.insert(net, **{"block": "dual", "at": "2", "sample": torch.randn(1, 3, 9, 7), **arguments})
+    assert not any(isinstance(module, Inserted) for module in net.modules())
+
+
+def test_insertions_within_each_other_come_out_in_any_order():
+    x = torch.randn(1, 3, 33, 33)
+    for first, second in (("layer4", "layer4.*.conv2"), ("layer4.?.conv2", "layer4")):
+        net = timm.create_model("resnet18")
+        names = [name for name, _ in net.named_modules()]
+        records = [visattn.insert(net, "ea", at=at, sample=x) for at in (first, second)]
+        for record in records:
+            record.remove()
+        assert [name for name, _ in net.named_modules()] == names
+
+
+def test_a_network_that_folds_its_weights_in_eval_is_left_as_it_was():
+    class Folding(nn.Conv2d):
+        folded = False
+
+        def train(self, mode=True):
+            self.folded = not mode
+            return super().train(mode)
+
+    net = nn.Sequential(Folding(3, 8, 1)).train()
+    visattn.insert(net, "dual", at="0", sample=torch.randn(1, 3, 5, 7))
+    assert net[0].folded is False
+
+
+def test_an_interruption_undoes_the_insertion():
+    class Interrupted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            return x
+
+    net = small_net().append(Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        visattn.insert(net, "dual", at="2", sample=torch.randn(1, 3, 9, 7))
+    assert isinstance(net[2], nn.ReLU)
+
+
+def test_the_difference_is_never_that_of_nothing():
+    @dataclasses.dataclass
+    class Output:
+        logits: torch.Tensor
+
+    class Net(nn.Module):
+        def __init__(self, wrap):
+            super().__init__()
+            self.conv, self.wrap = nn.Conv2d(3, 8, 1), wrap
+
+        def forward(self, x):
+            return self.wrap(self.conv(x) + torch.rand(()))  # differs from run to run
+
+    x = torch.randn(1, 3, 5, 7)
+    with pytest.raises(RuntimeError, match="the output changed by"):
+        visattn.insert(Net(Output), "dual", at="conv", sample=x)
+    with pytest.raises(ValueError, match="the network's output has no tensor to compare"):
+        visattn.insert(Net(lambda x: None), "dual", at="conv", sample=x)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,8 +93,9 @@ class _OnGrid(nn.Module):
 
 
 class Inserted(nn.Module):
-    """`y = x + gate * (block(x) - x)`, x the output of `host`; attributes of the host stay reachable.
+    """`y = x + gate * (block(x) - x)`, x the output of `host`; attributes of the host stay within reach.
 
+    Running through it module by module, as gradient checkpointing does with an `nn.Sequential`, includes the block.
     A state dict of the network from before the insertion loads (with `strict=False`): it has all but the block.
 
     Attributes:
@@ -102,14 +104,12 @@ class Inserted(nn.Module):
         gate: Learned scalar, 0 at first.
     """
 
-    def __init__(self, host: nn.Module, block: nn.Module, place: Place) -> None:
+    def __init__(self, host: nn.Module, block: nn.Module, gate: nn.Parameter) -> None:
         super().__init__()
-        self.gate = nn.Parameter(
-            torch.zeros((), device=place.device, dtype=place.dtype)
-        )  # before a host's own gate shows
-        self.host, self.block = host, block
+        self.gate = gate  # before a host's own gate shows
+        self.block = block
         self.training = host.training
-        block.train(host.training)
+        self.host = host
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The host's output, moved towards the block's by the gate."""
@@ -123,13 +123,35 @@ class Inserted(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("host"), name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        host = self.__dict__.get("_modules", {}).get("host")
+        own = name in self.__dict__ or name in ("host", "block", "gate") or hasattr(type(self), name)
+        if host is None or own or not hasattr(host, name):
+            super().__setattr__(name, value)
+        else:  # a setting of the host, such as timm's grad_checkpointing
+            setattr(host, name, value)
+
     def __getitem__(self, index: Any) -> Any:
         return self.host[index]  # type: ignore[index]
 
+    def __iter__(self) -> Iterator[Any]:
+        modules = list(self.host)  # type: ignore[call-overload]
+        if isinstance(self.host, nn.Sequential | Inserted):
+            modules[-1:] = [Inserted(modules[-1] if modules else nn.Identity(), self.block, self.gate)]
+        return iter(modules)
+
+    def __len__(self) -> int:
+        return len(self.host)  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        return True
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        own = (f"{prefix}host.", f"{prefix}block.", f"{prefix}gate")
-        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
-            state_dict[f"{prefix}host.{key[len(prefix) :]}"] = state_dict.pop(key)
+        of_host, own = self.host.state_dict(), self.state_dict()
+        if not any(f"{prefix}host.{key}" in state_dict for key in of_host):  # from before the insertion
+            for key in [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]:
+                if key in of_host or key not in own:  # a host may have a gate or a block of its own
+                    state_dict[f"{prefix}host.{key}"] = state_dict.pop(prefix + key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -164,14 +186,17 @@ class Insertion:
         Raises:
             RuntimeError: They are back already, or something else was put around or in place of an insertion since.
         """
+        held = []
         for name, inserted in self._inserted.items():
-            if _get(self._network, name) is not inserted:
+            holder = _holder(self._network, name, inserted)
+            if holder is None:
                 raise RuntimeError(
                     f"remove: {name} is not the module that was inserted. It was removed already, "
                     "or a later insertion has to be removed first."
                 )
-        for name, inserted in self._inserted.items():
-            _set(self._network, name, inserted.host)
+            held.append((*holder, inserted.host))
+        for parent, last, host in held:
+            parent._modules[last] = host
         self._inserted = {}
         self.places = []
 
@@ -183,11 +208,19 @@ class Insertion:
         return "\n".join([*lines, f"max|output difference| = {self.max_difference:g}"])
 
 
-def _get(net: nn.Module, name: str) -> nn.Module | None:
-    module: nn.Module | None = net
-    for part in name.split("."):
-        module = None if module is None else module._modules.get(part)
-    return module
+def _holder(net: nn.Module, name: str, inserted: Inserted) -> tuple[nn.Module, str] | None:
+    """The module that has an insertion as a child, and the child's name there."""
+    parent: nn.Module | None = net
+    *path, last = name.split(".")
+    for part in path:
+        parent = None if parent is None else parent._modules.get(part)
+    if parent is not None and parent._modules.get(last) is inserted:
+        return parent, last
+    for module in net.modules():  # an insertion around it that came or went since has changed its name
+        for key, child in module._modules.items():
+            if child is inserted and not isinstance(module, Inserted):
+                return module, key
+    return None
 
 
 def _set(net: nn.Module, name: str, module: nn.Module) -> None:
@@ -198,8 +231,9 @@ def _set(net: nn.Module, name: str, module: nn.Module) -> None:
 @contextlib.contextmanager
 def _evaluating(net: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in net.modules()}
-    net.eval()
     try:
+        for module in modes:  # not net.eval(), which some networks override to fold or merge weights
+            module.training = False
         with torch.no_grad():
             yield
     finally:
@@ -216,6 +250,8 @@ def _run(net: nn.Module, sample: Sample) -> Any:
 def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
+    if dataclasses.is_dataclass(output):
+        output = vars(output)
     if isinstance(output, Mapping):
         output = list(output.values())
     return [t for part in output for t in _tensors(part)] if isinstance(output, list | tuple) else []
@@ -368,8 +404,13 @@ def _build(
 ) -> nn.Module:
     """The block for a place, in the place's layout."""
     grid = None
+    if isinstance(block, nn.Module):
+        raise ValueError(
+            f"insert: block must be a name, a class or a function of a channel count, got an instance of "
+            f"{type(block).__name__}. Give lambda channels: {type(block).__name__}(channels)."
+        )
     if callable(block):
-        built = block(place.channels)
+        built = block(place.channels, **options)
     else:
         card = resolve(block)
         if place.layout == "tokens" and card.tokens is not None:
@@ -409,8 +450,10 @@ def insert(
 
     Args:
         net: The network, changed in place.
-        block: A name of `list_blocks`, an alias, or a function from a channel count to a module for (B, C, H, W).
-        at: A module name or glob pattern, or several; `*` crosses dots, and of nested matches the outermost counts.
+        block: A name of `list_blocks`, an alias, or a class or function that makes a module for (B, C, H, W) of a
+            channel count and the options.
+        at: A module name or glob pattern (`*`, `?`, `[34]`), or several; `*` crosses dots, and of nested matches the
+            outermost counts.
         sample: One input of the network: a tensor, or a tuple or dict of arguments. Default: noise of the input size
             that a timm network tells.
         options: Options of the block.
@@ -438,7 +481,9 @@ def insert(
         for module in built.modules():
             if isinstance(module, Block):
                 module.wake()
-        inserted[place.name] = Inserted(net.get_submodule(place.name), built, place)
+        host = net.get_submodule(place.name)
+        gate = nn.Parameter(torch.zeros((), device=place.device, dtype=place.dtype))
+        inserted[place.name] = Inserted(host, built.train(host.training), gate)
     record = Insertion(
         title=_title(block),
         places=[Place(p.name, p.shape, p.layout, p.dtype, p.device, _count(inserted[p.name])) for p in chosen],
@@ -446,14 +491,22 @@ def insert(
         _network=net,
         _inserted=inserted,
     )
+    if not _tensors(before):
+        raise ValueError(
+            "insert: the network's output has no tensor to compare, so it cannot be shown to stay the same."
+        )
     for name, module in inserted.items():
         _set(net, name, module)
+    hooks = [module.block.register_forward_hook(_check_shape) for module in inserted.values()]
     try:
         with _evaluating(net):
             record.max_difference = _difference(before, _run(net, sample))
-    except Exception:
+    except BaseException:  # an interruption from the keyboard too
         record.remove()
         raise
+    finally:
+        for hook in hooks:
+            hook.remove()
     if record.max_difference != 0:
         record.remove()
         raise RuntimeError(
@@ -461,6 +514,14 @@ def insert(
             "Is the network deterministic in eval mode, and are its activations finite?"
         )
     return record
+
+
+def _check_shape(block: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    if output.shape != args[0].shape:  # a single row or column would be spread over the map in silence
+        raise ValueError(
+            f"insert: the output of a block must have the shape of its input, got {tuple(output.shape)} for "
+            f"{tuple(args[0].shape)}."
+        )
 
 
 def _title(block: str | Callable[[int], nn.Module]) -> str:
