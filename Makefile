@@ -7,8 +7,8 @@ READY := $(VENV)/ready
 .PHONY: demo test lint format
 
 demo: $(READY)
-	@echo "A short run: 4 epochs and 2 seeds, where 'visattn compare' by itself takes 20 and 3."
-	$(BIN)/visattn compare --epochs 4 --seeds 2 --out demo
+	@echo "A short run: 3 epochs and 2 seeds, where 'visattn compare' by itself takes 20 and 3."
+	$(BIN)/visattn compare --epochs 3 --seeds 2 --out demo
 	@echo "The full one: $(BIN)/visattn compare --out full"
 
 test: $(READY)
