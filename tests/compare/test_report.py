@@ -198,6 +198,12 @@ def test_one_seed_gives_no_answer(tmp_path):
     assert lines(folder / "results.csv")["dual"]["points_over_plain_low"] == ""
 
 
+def test_capacity_that_helps_without_attention_is_said(tmp_path):
+    top1 = {"plain": TOP1["plain"], "external": TOP1["external"], "control": TOP1["dual"]}
+    html = write_report(build(tmp_path, top1)).read_text()
+    assert "The control block was better: control (+1.8 points), so capacity alone helps here." in html
+
+
 def test_accuracy_that_is_no_number_is_left_out_and_said(tmp_path):
     folder = build(tmp_path, {**TOP1, "dual": (0.817, float("nan"), 0.839)})
     write_report(folder)

@@ -109,6 +109,9 @@ def answer(run: Run, summaries: list[Summary]) -> list[str]:
     better = [summary for summary in judged if summary.outcome == "better than plain"]
     if better and any(arm.kind == "control" for arm in run.arms):
         sentences.append(_capacity(better))
+    control = next((summary for summary in summaries if summary.arm.kind == "control"), None)
+    if not better and control is not None and control.outcome == "better than plain":
+        sentences.append(f"The control block was better: {_with_difference(control)}, so capacity alone helps here.")
     sentences.extend(filter(None, (_price(summary.arm, plain.arm) for summary in better[:3])))
     finished = sum(summary.top1.count for summary in summaries)
     planned = len(summaries) * len(run.seeds)
