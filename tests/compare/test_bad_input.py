@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from visattn.cli import main
 from visattn.compare import Settings
-from visattn.compare.folder import RunFolder, write_json
+from visattn.compare.folder import RunFolder
 from visattn.compare.plan import make_plan
 from visattn.errors import UserError
+from visattn.writing import write_json
 
 
 @pytest.fixture

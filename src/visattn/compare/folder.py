@@ -13,26 +13,11 @@ from typing import Any
 
 from visattn.compare.plan import FORMAT, Plan
 from visattn.errors import UserError, require
+from visattn.writing import PARTIAL, write_json
 
-__all__ = ["RunFolder", "write_json", "write_text"]
+__all__ = ["RunFolder", "check_out"]
 
 LOCK = ".lock"
-PARTIAL = ".partial-"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f"{PARTIAL}{path.name}")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

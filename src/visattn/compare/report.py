@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from visattn.compare.reading import Arm, Run, read_run
 from visattn.compare.statistics import LEVEL, Interval
 from visattn.compare.summary import Summary, answer, limits, summarise
 from visattn.compare.verdicts import number, signed
-from visattn.errors import UserError, require
+from visattn.errors import require
+from visattn.writing import write_text
 
 __all__ = ["write_report"]
 
@@ -50,20 +50,8 @@ def write_report(run_dir: Path) -> Path:
         "report.html": _render("report.html.jinja", run, summaries, **_drawings(run, summaries)),
     }
     for name, content in contents.items():
-        _write_whole(run_dir / name, content)
+        write_text(run_dir / name, content)
     return run_dir / "report.html"
-
-
-def _write_whole(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8", newline="")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"report: {path} could not be written: {error.strerror}. Make room or allow writing."
-        ) from error
 
 
 def _csv(run: Run, summaries: Sequence[Summary]) -> str:

@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 
 from visattn.compare.arms import Arm
-from visattn.compare.folder import RunFolder, check_out, write_json
+from visattn.compare.folder import RunFolder, check_out
 from visattn.compare.plan import Plan, make_plan
 from visattn.compare.progress import Progress, duration
 from visattn.compare.settings import Settings
 from visattn.compare.trials import measure_costs, run_trial
+from visattn.errors import UserError
 from visattn.training import TrainingError
+from visattn.writing import write_json
 
 __all__ = ["estimate", "run"]
 
@@ -57,7 +59,7 @@ def _undisturbed() -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     """An exception in one line."""
     said = " ".join(str(error).split())
-    if said and isinstance(error, TrainingError | ValueError):
+    if said and isinstance(error, TrainingError | UserError | ValueError):
         return said[:500]
     return f"{type(error).__name__}: {said[:450]}"
 

@@ -17,12 +17,13 @@ from torch.nn import functional
 
 from visattn.capture import capture
 from visattn.compare.arms import Arm
-from visattn.compare.folder import RunFolder, write_json, write_text
+from visattn.compare.folder import RunFolder
 from visattn.compare.plan import Plan
 from visattn.compare.progress import Progress
 from visattn.profile import Costs, profile
 from visattn.surgery import Place
 from visattn.training import Epoch, TrainingError, TrialSettings, parameter_groups, train
+from visattn.writing import write_json, write_text
 
 __all__ = ["attended", "measure_costs", "run_trial", "step0_difference"]
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from visattn.errors import UserError
 from visattn.testing.tolerance import FLOAT64_TOLERANCE, NEIGHBOURS
 from visattn.verify.cases import SHIPPED, Case, load_cases
 from visattn.verify.check import GROUPS, Result, check_case, group_of, precise_matmul, skip_reason
+from visattn.writing import write_text
 
 __all__ = ["verify"]
 
@@ -74,7 +74,7 @@ def verify(
             results.append(check_case(case, device=place, dtype=_DTYPES[dtype], debug=debug))
     _print(console, results, device, dtype)
     if json_file is not None:
-        _write(json_file, _as_json(results, place, dtype))
+        write_text(json_file, json.dumps(_as_json(results, place, dtype), indent=2, allow_nan=False) + "\n")
     return any(r.verdict == "passed" for r in results) and not any(r.verdict == "failed" for r in results)
 
 
@@ -229,21 +229,3 @@ def _writable(path: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror})") from error
     return target
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Write the file whole or not at all."""
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            json.dump(content, file, indent=2, allow_nan=False)
-            file.write("\n")
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror})") from error

@@ -1,0 +1,44 @@
+"""Files written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from visattn.errors import UserError
+
+__all__ = ["PARTIAL", "write_json", "write_text"]
+
+PARTIAL = ".partial-"  # how the names of files and folders begin that are not whole yet
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; until it is whole, an older one of that name stays.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror})") from error
+    finally:
+        with contextlib.suppress(OSError):  # it is gone where all went well
+            partial.unlink()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    write_text(path, json.dumps(content, indent=1) + "\n")
