@@ -57,7 +57,7 @@ class Settings:
         words = ["visattn", "compare", "--data", self.data, "--backbone", self.backbone]
         words += ["--mechanisms", ",".join(self.mechanisms), "--at", ",".join(self.at)]
         words += ["--epochs", str(self.epochs), "--seeds", str(self.seeds), "--batch-size", str(self.batch_size)]
-        words += ["--lr", f"{self.lr:g}", "--device", self.device, "--precision", self.precision]
+        words += ["--lr", str(self.lr), "--device", self.device, "--precision", self.precision]
         words += ["--out", str(self.out), *(["--skip-unreadable"] if self.skip_unreadable else [])]
         return shlex.join(words)
 
