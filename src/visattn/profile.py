@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Costs", "count_flops", "count_parameters", "measure_latency", "peak_memory", "profile"]
+__all__ = ["MIB", "Costs", "count_flops", "count_parameters", "measure_latency", "peak_memory", "profile"]
 
 MIB = 1024**2
 WARM_UP = 5  # runs before the clock counts

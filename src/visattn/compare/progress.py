@@ -36,7 +36,7 @@ class Progress:
         self.epochs = epochs
         self.left = [arm for arm, _ in trials]
         self.total, self.number = len(trials), 0
-        self.arm, self.seed, self.done, self.best = "", 0, 0, ""
+        self.arm, self.seed, self.accuracy = "", 0, ""
         self.seconds: dict[str, list[float]] = {}  # of epochs, by arm
         self.drawn = 0.0
 
@@ -44,17 +44,17 @@ class Progress:
         """A trial begins."""
         self.left.remove(arm)
         self.number += 1
-        self.arm, self.seed, self.done, self.best = arm, seed, 0, ""
+        self.arm, self.seed, self.accuracy = arm, seed, ""
 
     def batch(self, epoch: int, step: int, steps: int) -> None:
         """A training step is done."""
         if self.live and time.monotonic() - self.drawn > REFRESH:
-            self._draw(epoch, (step / steps))
+            self._draw(epoch, step / steps)
 
     def epoch(self, epoch: int, top1: float, seconds: float) -> None:
         """An epoch is done."""
         self.seconds.setdefault(self.arm, []).append(seconds)
-        self.done, self.best = epoch, f"  top-1 {100 * top1:.1f}%"
+        self.accuracy = f"  top-1 {100 * top1:.1f}%"
         if self.live:
             self._draw(epoch, 1)
         else:
@@ -85,7 +85,7 @@ class Progress:
         eta = "" if left is None else f"  {duration(left)} left"
         return (
             f"trial {self.number}/{self.total}  {self.arm}  seed {self.seed}  epoch {epoch}/{self.epochs}"
-            f"{self.best}{eta}"
+            f"{self.accuracy}{eta}"
         )
 
     def _draw(self, epoch: int, part: float) -> None:

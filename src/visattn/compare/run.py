@@ -21,13 +21,13 @@ from visattn.compare.progress import Progress, duration
 from visattn.compare.settings import Settings
 from visattn.compare.trials import measure_costs, run_trial
 from visattn.errors import UserError
+from visattn.profile import MIB, count_parameters
 from visattn.training import TrainingError
 from visattn.writing import write_json
 
 __all__ = ["estimate", "run"]
 
 VAL_STEP = 1 / 3  # of a training step: a forward pass without a backward one
-MIB = 1024**2
 
 
 def run(settings: Settings) -> Path:
@@ -82,7 +82,7 @@ def _measure_all(plan: Plan, folder: RunFolder) -> None:
             write_json(path, {"arm": arm.name, "failed": _reason(error)})
             continue
         largest, checked = max(largest, difference), checked + 1
-        plain_parameters = plain_parameters or _parameters(plan)
+        plain_parameters = plain_parameters or count_parameters(plan.build(plan.arms[0], 0)[0])
         write_json(
             path,
             {
@@ -97,10 +97,6 @@ def _measure_all(plan: Plan, folder: RunFolder) -> None:
         )
     if checked:
         progress.message(f"{checked} arms before training: max|output difference| = {largest:g}")
-
-
-def _parameters(plan: Plan) -> int:
-    return sum(p.numel() for p in plan.build(plan.arms[0], 0)[0].parameters() if p.requires_grad)
 
 
 def _train_all(plan: Plan, folder: RunFolder) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import math
 import time
 from dataclasses import asdict
 from typing import Any
@@ -134,7 +135,7 @@ def _grid(found: Tensor, place: Place) -> Tensor:
     """(B, H, W) as it is; of (B, N) tokens the square grid of patches at the end."""
     if found.ndim == 3:
         return found
-    side = int(found.shape[1] ** 0.5)
+    side = math.isqrt(found.shape[1])
     return found[:, found.shape[1] - side * side :].reshape(len(found), side, side)
 
 
