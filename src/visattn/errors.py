@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
-__all__ = ["UserError", "check", "require"]
+__all__ = ["UserError", "check", "did_you_mean", "one_line", "require"]
 
 
 class UserError(Exception):
@@ -32,6 +34,17 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
             f"{purpose} needs {module.split('.')[0]}, which is not installed. "
             f"Install it with: pip install 'visattn[{extra}]'"
         ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The remedy for a name that is not known: up to three near ones, or what to say where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"Did you mean {' or '.join(near)}?" if near else otherwise
 
 
 def check(condition: bool, owner: str, rule: str, *, remedy: str = "", **got: object) -> None:

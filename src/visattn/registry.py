@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
 from visattn import blocks
 from visattn.blocks import Block
-from visattn.errors import check
+from visattn.errors import check, did_you_mean
 
 __all__ = ["MECHANISMS", "ROLES", "Card", "create", "list_blocks", "resolve"]
 
@@ -162,8 +161,7 @@ def resolve(name: str) -> Card:
     """
     key = name.strip().lower().replace("-", "_").replace(" ", "_")
     if key not in _KEYS:
-        near = difflib.get_close_matches(key, _KEYS, n=3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(_BY_NAME)}."
+        hint = did_you_mean(key, _KEYS, f"Known: {', '.join(_BY_NAME)}.")
         raise ValueError(f"unknown block {name!r}. {hint}")
     return _KEYS[key]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visattn.errors import UserError, require
+from visattn.errors import UserError, one_line, require
 from visattn.registry import resolve
 from visattn.surgery import Insertion, Place, find_places, insert
 
@@ -85,10 +85,9 @@ def build_backbone(name: str, *, classes: int, channels: int, image_size: tuple[
             with torch.no_grad():
                 output = net.eval()(torch.zeros(1, channels, *image_size))
         except Exception as error:  # timm has hundreds of networks, each with its own way to refuse a size
-            said = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"--backbone {name} does not take {image_size[0]}x{image_size[1]} images with {channels} "
-                f"channel{'s' if channels > 1 else ''}: {said[:200]}"
+                f"channel{'s' if channels > 1 else ''}: {one_line(error)[:200]}"
             ) from error
     if not isinstance(output, Tensor) or output.shape != (1, classes):
         raise UserError(f"--backbone {name} is no classifier: its output is not one row of {classes} logits.")

@@ -16,7 +16,7 @@ import visattn
 from visattn.compare.arms import Arm, build_arm, build_backbone, choose_places, control_width, list_arms
 from visattn.compare.settings import Settings, resolved
 from visattn.data import Dataset, open_data
-from visattn.errors import UserError, require
+from visattn.errors import UserError, one_line, require
 from visattn.surgery import Insertion, Place, find_places
 
 __all__ = ["FORMAT", "Plan", "make_plan"]
@@ -146,7 +146,7 @@ def make_plan(settings: Settings) -> Plan:
         try:
             built, record = plan.build(arm, 0)
         except (ValueError, RuntimeError) as error:  # the block does not fit the place
-            plan.refused[arm.name] = " ".join(str(error).split())
+            plan.refused[arm.name] = one_line(error)
             continue
         plan.shapes[arm.name] = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
         added = [place.parameters - 1 for place in record.places] if record else []  # less the gate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import shlex
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from visattn.errors import UserError, require
+from visattn.errors import UserError, did_you_mean, require
 from visattn.registry import MECHANISMS, resolve
 
 __all__ = ["DEFAULT_BACKBONE", "PRECISIONS", "Settings", "resolved"]
@@ -110,8 +109,7 @@ def _mechanisms(names: tuple[str, ...]) -> tuple[str, ...]:
 def _backbone(name: str) -> str:
     timm = require("timm", extra="compare", purpose="visattn compare")
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them."
+        hint = did_you_mean(name, timm.list_models(), "timm.list_models() lists them.")
         raise UserError(f"--backbone: timm has no model {name!r}. {hint}")
     return name
 

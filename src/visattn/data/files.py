@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from visattn.data.base import Dataset
-from visattn.errors import UserError, require
+from visattn.errors import UserError, one_line, require
 
 __all__ = ["TIMM_PREFIXES", "PictureSplit", "from_folder", "from_timm"]
 
@@ -151,7 +151,9 @@ def _listing(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     return [sub.name for sub, _ in filled], [(p, label) for label, (_, files) in enumerate(filled) for p in files]
 
 
-def _split(items: list[tuple[Path, int]], seed: int) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
+def _split(
+    folder: Path, items: list[tuple[Path, int]], seed: int
+) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
     """A fifth of every class, at least one picture, is measured on."""
     train, val = [], []
     for label in sorted({label for _, label in items}):
@@ -159,8 +161,8 @@ def _split(items: list[tuple[Path, int]], seed: int) -> tuple[list[tuple[Path, i
         random.Random(f"{seed} {label}").shuffle(mine)
         if len(mine) < 2:
             raise UserError(
-                f"--data: class {mine[0][0].parent.name!r} has one image only; two are needed, one to train on and one "
-                "to measure on."
+                f"--data {folder}: class {mine[0][0].parent.name!r} has one image only; two are needed, "
+                "one to train on and one to measure on."
             )
         cut = max(1, len(mine) // 5)
         val += mine[:cut]
@@ -234,7 +236,7 @@ def from_folder(
         val = [(path, classes.index(val_classes[label])) for path, label in val]
     else:
         classes, everything = _listing(folder)
-        train, val = _split(everything, seed)
+        train, val = _split(folder, everything, seed)
     crop, side = _crop_and_side(_survey([path for path, _ in train]), backbone_size, fixed=fixed_size)
     keep = (len(train) + len(val)) * 3 * side**2 <= MEMORY
     workers = os.cpu_count() or 1
@@ -294,7 +296,7 @@ def _timm_split(name: str, *splits: str) -> Any:
         try:
             return data.create_dataset(name, root=str(root), split=split, is_training=False, batch_size=1, **options)
         except Exception as error:  # whatever the library behind the name raises: no such name, split or network
-            failures.append(" ".join(str(error).split()) or type(error).__name__)
+            failures.append(one_line(error))
     raise UserError(f"--data {name}: timm.data could not open its {splits[0]} split: {failures[0][:300]}")
 
 
@@ -376,5 +378,4 @@ def _items(name: str, dataset: Any) -> Iterator[tuple[Any, int]]:
         else:
             yield from dataset
     except Exception as error:  # a download that breaks off in the middle, a picture the reader cannot decode
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"--data {name}: reading failed: {said[:300]}") from error
+        raise UserError(f"--data {name}: reading failed: {one_line(error)[:300]}") from error

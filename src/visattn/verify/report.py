@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from rich.text import Text
 
 import visattn
 from visattn import registry
-from visattn.errors import UserError
+from visattn.errors import UserError, did_you_mean
 from visattn.testing.tolerance import FLOAT64_TOLERANCE, NEIGHBOURS
 from visattn.verify.cases import SHIPPED, Case, load_cases
 from visattn.verify.check import GROUPS, Result, check_case, group_of, precise_matmul, skip_reason
@@ -103,9 +102,8 @@ def _choose(cases: list[Case], names: Sequence[str]) -> list[Case]:
         try:
             block = registry.resolve(name).name  # of a mechanism or one of its forms, such as external_tokens
         except ValueError as error:
-            near = difflib.get_close_matches(name, sorted(known), n=4)
             mechanisms = sorted({case.mechanism for case in cases})
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"Choose from {', '.join(mechanisms)} or a case"
+            hint = did_you_mean(name, sorted(known), f"Choose from {', '.join(mechanisms)} or a case")
             raise UserError(f"unknown mechanism or case {name!r}. {hint}") from error
         mechanism = next((key for key in registry.MECHANISMS if block.startswith(key)), block)
         if mechanism not in known:
