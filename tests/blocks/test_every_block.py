@@ -358,6 +358,7 @@ def test_a_mask_of_keys_alone(dtype):
         (lambda: visattn.create("external_heads", 16, proj_drop=2), r"proj_drop must lie in \[0, 1\], got proj_drop=2"),
         (lambda: visattn.create("external_heads", 16, num_heads=0), "sizes must be >= 1, got dim=16, num_heads=0"),
         (lambda: visattn.create("dual_head", 16, 0), "out_channels must be >= 1, got out_channels=0"),
+        (lambda: visattn.create("dual_head", 16, 3, drop=2), r"drop must lie in \[0, 1\], got drop=2"),
         (
             lambda: visattn.create("mha", 16)(torch.ones(1, 5, 16), torch.ones(1, 7, 16), torch.ones(1, 6, 16)),
             r"as many values as keys, got keys=\(1, 7, 16\), values=\(1, 6, 16\)",

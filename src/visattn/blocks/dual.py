@@ -247,7 +247,7 @@ class DualAttentionHead(Block):
         Input (B, in_channels, H, W), output three maps (B, out_channels, H, W): fused, position, channel.
 
     Raises:
-        ValueError: Fewer than 4 input channels, no output channel, or an input of another shape.
+        ValueError: Fewer than 4 input channels, no output channel, `drop` outside [0, 1], or an input of another shape.
 
     Differs from the authors' code:
         Fewer than 32 input channels work (see `PositionAttention`). `norm_layer` has a default.
@@ -276,6 +276,7 @@ class DualAttentionHead(Block):
         super().__init__()
         check(in_channels >= 4, "DualAttentionHead", "in_channels must be >= 4", in_channels=in_channels)
         check(out_channels >= 1, "DualAttentionHead", "out_channels must be >= 1", out_channels=out_channels)
+        check(0 <= drop <= 1, "DualAttentionHead", "drop must lie in [0, 1]", drop=drop)
         self.in_channels = in_channels
         inner = in_channels // 4
 
