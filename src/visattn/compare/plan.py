@@ -145,7 +145,7 @@ def make_plan(settings: Settings) -> Plan:
             plan = replace(plan, control=tuple(widths))
         try:
             built, record = plan.build(arm, 0)
-        except (ValueError, RuntimeError) as error:  # the block does not fit the place
+        except Exception as error:  # the block does not fit the place
             plan.refused[arm.name] = one_line(error)
             continue
         plan.shapes[arm.name] = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}

@@ -78,7 +78,7 @@ def _measure_all(plan: Plan, folder: RunFolder) -> None:
             continue
         try:
             costs, difference, _ = measure_costs(plan, arm)
-        except (RuntimeError, ValueError) as error:  # out of memory, most often
+        except Exception as error:  # out of memory, most often; whatever it was, the others go on
             write_json(path, {"arm": arm.name, "failed": _reason(error)})
             continue
         largest, checked = max(largest, difference), checked + 1
@@ -190,7 +190,7 @@ class _Line:
             return cls(arm.name, trials, failed=plan.refused[arm.name])
         try:
             costs, _, step = measure_costs(plan, arm)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # as in `_measure_all`
             return cls(arm.name, trials, failed=_reason(error))
         data, settings = plan.data, plan.settings
         steps = (len(data.train.labels) + VAL_STEP * len(data.val.labels)) / settings.batch_size
