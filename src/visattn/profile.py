@@ -27,7 +27,7 @@ SECONDS = 1.5  # after which no further run is started
 class Costs:
     """Costs of one network.
 
-    Args:
+    Attributes:
         parameters: Trained values.
         flops: Of one image, forward; one multiply-add counts as 2, layers without a matrix product as 0.
         latency_ms: Batch size to (median, 90th percentile) of a forward pass in eval mode, in milliseconds.

@@ -445,8 +445,9 @@ def insert(
 
     Each place becomes `y = x + gate * (block(x) - x)`, gate a learned scalar starting at 0; a zero start of the block's
     own (gamma of dual attention) is set to 1, since the gate has taken its place. Weights of the network
-    keep their values and `requires_grad`. Convolutional maps, channels-last maps of timm and token sequences are
-    told apart by shape; on tokens a mechanism's token form is used, or its map form on the grid of patches.
+    keep their values and `requires_grad`. Convolutional maps, channels-last maps and token sequences are told apart
+    by the number of axes and by where the layers around have their channels; on tokens a mechanism's token form is
+    used, or its map form on the grid of patches.
 
     Args:
         net: The network, changed in place.

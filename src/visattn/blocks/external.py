@@ -43,7 +43,8 @@ class ExternalAttention(Block):
         ValueError: A size below 1, a negative eps, or an input of another shape.
 
     Differs from the authors' code:
-        With eps=0 a token that no slot attends to gives finite weights where the published code gives 0 / 0.
+        With eps=0 a token that no slot attends to gives finite weights where the published code (and
+        `impl="reference"`) gives 0 / 0.
 
     References:
         https://arxiv.org/abs/2105.02358; names and initialisation of xmu-xiaoma666's ExternalAttention.

@@ -22,7 +22,8 @@ def compare(settings: Settings) -> Path:
         The report, `report.html` in the run folder.
 
     Raises:
-        UserError: A setting, the data or the run folder is not fit; nothing was written.
+        UserError: A setting, the data or the run folder is not fit, and nothing was written; or a file of the run
+            folder cannot be written or read.
     """
     _require()
     from visattn.compare import run as engine

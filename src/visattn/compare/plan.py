@@ -29,7 +29,7 @@ PACKAGES = ("timm", "torchvision", "lightning", "torchmetrics", "mlxtend", "safe
 class Plan:
     """A comparison, resolved.
 
-    Args:
+    Attributes:
         settings: With names, places and device resolved.
         data: The images.
         places: Where blocks go.

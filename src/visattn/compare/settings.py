@@ -23,7 +23,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 class Settings:
     """Settings of a comparison.
 
-    Args:
+    Attributes:
         data: `cluttered-digits`, a folder of images, or a name `timm.data` opens.
         backbone: A name of timm.
         mechanisms: Names or aliases of blocks to compare.

@@ -38,7 +38,7 @@ class Split(Protocol):
 class Dataset:
     """Images to compare on.
 
-    Args:
+    Attributes:
         name: What the user called it.
         description: One sentence for the report.
         classes: Names of the classes, in the order of the labels.

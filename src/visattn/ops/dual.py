@@ -15,7 +15,11 @@ __all__ = ["channel_attention", "channel_weights", "position_attention", "positi
 
 
 def position_weights(query: Tensor, key: Tensor) -> Tensor:
-    """`softmax(q^T k)` for queries (B, D, Q) and keys (B, D, N): (B, Q, N), no scale, energies in float32."""
+    """`softmax(q^T k)`, without a scale, for queries (B, D, Q) and keys (B, D, N).
+
+    Returns:
+        (B, Q, N) in the dtype of the queries; energies and softmax of 16-bit inputs run in float32.
+    """
     with full_precision(query):
         energies = upcast(query).transpose(1, 2) @ upcast(key)
     return energies.softmax(dim=-1).to(query.dtype)
@@ -41,7 +45,8 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, *, impl: str =
         query: (B, D, H, W).
         key: (B, D, H, W).
         value: (B, C, H, W).
-        impl: "auto" (torch's fused attention) or "reference" (holds the N x N matrix).
+        impl: "auto" (torch's fused attention, but for small matrices in float32) or "reference" (holds the N x N
+            matrix).
 
     Returns:
         (B, C, H, W) in the dtype of `value`. Softmax of 16-bit inputs runs in float32.
@@ -59,7 +64,7 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, *, impl: str =
 
 
 def channel_weights(x: Tensor, *, inverted: bool = True) -> Tensor:
-    """The channel-to-channel matrix (B, C, C) of `channel_attention`; energies in float32, autocast or not."""
+    """The channel-to-channel matrix (B, C, C) of `channel_attention`, in float32 for 16-bit inputs, autocast or not."""
     flat = upcast(x.flatten(2))
     with full_precision(x):  # sums over all positions overflow float16 at ordinary sizes
         energies = flat @ flat.transpose(1, 2)

@@ -120,7 +120,7 @@ def _external_2d(
     # Multiplying the small matrices first leaves two C x S products on the map in place of two C x C and two C x S.
     with full_precision(x):
         into_slots = key_memory @ query_weight.flatten(1)  # (S, C)
-        # constant over positions, so it never reaches the output
+        # Constant over positions, so the softmax removes it again; it is there for its gradient, zero up to rounding.
         slot_bias = None if query_bias is None else key_memory @ query_bias  # (S,)
         out_of_slots = out_weight.flatten(1) @ value_memory  # (C, S)
     logits = F.conv2d(x, into_slots[:, :, None, None], slot_bias)  # (B, S, H, W)
@@ -144,7 +144,7 @@ def external_attention_2d(
     Args:
         x: (B, C, H, W).
         query_weight: (C, C, 1, 1), `W1`.
-        query_bias: (C,) or None, `b1`; the softmax over positions removes it, so its gradient is zero.
+        query_bias: (C,) or None, `b1`; the softmax over positions removes it, so its gradient is zero up to rounding.
         key_memory: (S, C), `Mk`.
         value_memory: (C, S), `Mv`.
         out_weight: (C, C, 1, 1), `W2`.

@@ -1,4 +1,4 @@
-"""A training by Lightning, silent and a pure function of network, data and settings."""
+"""A training by Lightning, silent and, on the CPU, a pure function of network, data and settings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TrainingError(Exception):
 class TrialSettings:
     """How one trial trains.
 
-    Args:
+    Attributes:
         epochs: Passes over the training images.
         batch_size: Images in a step.
         lr: Peak learning rate of AdamW.

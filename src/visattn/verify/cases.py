@@ -12,7 +12,8 @@ Keys of the json (all but `sampled` and `notes` are required):
 - `sampled`: array name -> n, where only every n-th element of the flattened array is stored.
 - `notes`: what to know about the case.
 
-The npz has `out` (or `out0`, `out1`, ...), `grad_<input>`, `grad:<parameter>` and, in training mode, `buffer:<name>`.
+The npz has `out` (or `out0`, `out1`, ...), `grad_<input>`, `grad:<parameter>` and, in training mode, `buffer:<name>`;
+`<output>_nan_rows` marks the rows of an output that are NaN.
 
 State, inputs and cotangents are not stored. They are standard normal numbers from a generator seeded with the names of
 case and array, shaped by the `fill`: "normal" (times `scale`), "positive" (magnitude plus 1/2), "constant" (`value`),

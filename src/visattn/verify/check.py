@@ -269,7 +269,8 @@ def check_case(case: Case, *, device: torch.device, dtype: torch.dtype = torch.f
 
     In every precision the default and the reference implementation have to equal the recording in float64 first. Below
     float64 the default one may then lose at most twice what the reference loses, plus one rounding step; both are
-    measured against the reference in float64 on the same rounded numbers.
+    measured against the reference in float64 on the same rounded numbers. An array that exceeds this on the recorded
+    inputs has to keep to it on average over inputs a rounding step away (see `visattn.testing.tolerance`).
 
     Args:
         case: The case.
