@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
 import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["MIB", "Costs", "count_flops", "count_parameters", "measure_latency", "peak_memory", "profile"]
+__all__ = [
+    "MIB",
+    "Costs",
+    "count_flops",
+    "count_parameters",
+    "device_name",
+    "measure_latency",
+    "peak_memory",
+    "profile",
+]
 
 MIB = 1024**2
 WARM_UP = 5  # runs before the clock counts
@@ -40,6 +52,17 @@ class Costs:
     latency_ms: dict[int, tuple[float, float]]
     peak_memory_mib: float
     peak_memory_note: str
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU or of this machine's processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):  # Linux tells it here, where `platform` does not
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "CPU"
 
 
 def count_parameters(net: nn.Module) -> int:

@@ -201,7 +201,9 @@ class Insertion:
         self.places = []
 
     def __str__(self) -> str:
-        width = max((len(place.name) for place in self.places), default=0)
+        if not self.places:
+            return f"{self.title} removed again"
+        width = max(len(place.name) for place in self.places)
         places = "1 place" if len(self.places) == 1 else f"{len(self.places)} places"
         lines = [f"{self.title} inserted at {places}, {self.parameters_added:,} parameters added"]
         lines += [f"  {p.name:<{width}}  {p.shape!s:<16} {p.parameters:,} parameters" for p in self.places]
@@ -271,7 +273,7 @@ def _difference(before: Any, after: Any) -> float:
 def _default_sample(net: nn.Module) -> Sample:
     size = (getattr(net, "pretrained_cfg", None) or {}).get("input_size")
     if size is None:
-        raise ValueError("insert: the network does not tell its input size. Give sample=, one input of the network.")
+        raise ValueError("sample: the network does not tell its input size. Give sample=, one input of the network.")
     weight = next(net.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, *size, generator=generator).to(weight)

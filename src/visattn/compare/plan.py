@@ -17,6 +17,7 @@ from visattn.compare.arms import Arm, build_arm, build_backbone, choose_places, 
 from visattn.compare.settings import Settings, resolved
 from visattn.data import Dataset, open_data
 from visattn.errors import UserError, one_line, require
+from visattn.profile import device_name
 from visattn.surgery import Insertion, Place, find_places
 
 __all__ = ["FORMAT", "Plan", "make_plan"]
@@ -164,10 +165,9 @@ def versions() -> dict[str, str]:
 
 def hardware(device: str) -> dict[str, Any]:
     """The machine; on the CPU the number of threads decides the last bits of a result."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "CPU"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3 if hasattr(os, "sysconf") else None
     return {
-        "device": name,
+        "device": device_name(torch.device(device)),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": None if memory is None else round(memory, 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import sys
 import time
 import traceback
@@ -71,7 +72,7 @@ def _measure_all(plan: Plan, folder: RunFolder) -> None:
     plain_parameters = 0
     for arm in plan.arms:
         path = folder.costs(arm.name)
-        if path.exists():
+        if path.exists() and "failed" not in json.loads(path.read_text(encoding="utf-8")):
             continue
         if arm.name in plan.refused:
             write_json(path, {"arm": arm.name, "failed": plan.refused[arm.name]})

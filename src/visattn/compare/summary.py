@@ -201,6 +201,10 @@ def limits(run: Run, summaries: list[Summary]) -> list[str]:
         f"{join_words(shared)[:1].upper()}{join_words(shared)[1:]}: nothing was tuned per arm; another setting "
         f"may order the arms differently."
     )
+    lines.append(
+        "All arms train from random weights by one recipe: AdamW, weight decay 0.05 on weights, a warm-up over a tenth "
+        "of the steps, then a cosine; gates and other single numbers learn ten times as fast."
+    )
     images = run.dataset.get("val")
     step = f" One of the {images} images is {100 / images:.2g} points." if isinstance(images, int) and images else ""
     lines.append(f"Top-1 is that of the last epoch on the validation images; no separate test set was held out.{step}")

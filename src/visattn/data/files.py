@@ -144,6 +144,10 @@ def _listing(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
             f"--data {folder}: no images in class folders. Expected {folder}/<class>/<image>, with files that end in "
             f"{', '.join(SUFFIXES)}."
         )
+    if len(filled) == 1 and filled[0][0].name in ("train", "val"):
+        raise UserError(
+            f"--data {folder}: {filled[0][0].name}/ alone. Give train/ and val/, or one folder of class folders."
+        )
     if len(filled) == 1:
         raise UserError(
             f"--data {folder}: one class only, {filled[0][0].name!r}. Give a folder for each of two or more."

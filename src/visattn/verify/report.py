@@ -19,6 +19,7 @@ from rich.text import Text
 import visattn
 from visattn import registry
 from visattn.errors import UserError, did_you_mean
+from visattn.profile import device_name
 from visattn.testing.tolerance import FLOAT64_TOLERANCE, NEIGHBOURS
 from visattn.verify.cases import SHIPPED, Case, load_cases
 from visattn.verify.check import GROUPS, Result, check_case, group_of, precise_matmul, skip_reason
@@ -172,7 +173,7 @@ def _as_json(results: list[Result], device: torch.device, dtype: str) -> dict[st
     def finite(errors: dict[str, float]) -> dict[str, float | None]:
         return {name: error if math.isfinite(error) else None for name, error in errors.items()}
 
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    hardware = device_name(device)
     verdicts = [result.verdict for result in results]
     return {
         "format": 1,
