@@ -42,6 +42,7 @@ def run(settings: Settings) -> Path:
         with folder.opened():
             _measure_all(plan, folder)
             failed = _train_all(plan, folder)
+            _say_step0(plan, folder)
             report: Path = write_report(folder.path)
     if failed:
         print(f"{failed} of {len(plan.trials())} trials failed; the report says why.", file=sys.stderr)
@@ -120,6 +121,14 @@ def _train_all(plan: Plan, folder: RunFolder) -> int:
         raise
     progress.clear()
     return failed
+
+
+def _say_step0(plan: Plan, folder: RunFolder) -> None:
+    """Print how far the arms of all finished trials were from plain before training."""
+    results = [folder.trial(arm, seed) / "result.json" for arm, seed in sorted(folder.finished())]
+    found = [json.loads(path.read_text(encoding="utf-8"))["step0_difference"] for path in results]
+    if found:
+        Progress(1, []).message(f"{len(found)} trials at step 0: max|output difference| = {max(found):g}")
 
 
 def _attempt(plan: Plan, folder: RunFolder, arm: Arm, seed: int, progress: Progress) -> bool:
