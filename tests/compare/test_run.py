@@ -73,7 +73,8 @@ def test_a_run_leaves_what_the_report_needs(settings, capsys):
     assert plain["peak_memory_mib"] > 0
     said = capsys.readouterr()
     assert "3 arms before training: max|output difference| = 0" in said.err
-    assert said.err.count("\n") == 4  # and one line for each epoch
+    assert "3 trials at step 0: max|output difference| = 0" in said.err
+    assert said.err.count("\n") == 5  # and one line for each epoch
     assert said.out == ""
 
 
