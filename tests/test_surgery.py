@@ -235,6 +235,25 @@ def test_every_inserted_parameter_learns_within_three_steps(name):
     assert not still
 
 
+@pytest.mark.parametrize(
+    "name", [n for role in ("attention", "convolution", "tokens") for n in visattn.list_blocks(role)]
+)
+def test_every_block_goes_into_a_map_and_a_token_network(name):
+    nets = [(torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 128), "encoder.layers.*", (2, 3, 32, 32))]
+    if name not in visattn.list_blocks("tokens"):
+        nets.append((small_net(), "2", (2, 3, 9, 7)))
+    for net, at, shape in nets:
+        x, before = torch.randn(shape), copy.deepcopy(net.state_dict())
+        record = visattn.insert(net, name, at=at, sample=x)
+        assert record.max_difference == 0
+        net.train()(x).square().mean().backward()
+        record.remove()
+        assert str(record).endswith("removed again")
+        after = net.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[k], before[k]) for k in before if "running_" not in k and "num_batches" not in k)
+
+
 def test_insertions_nest_and_come_out_in_reverse_order():
     net, x = small_net(), torch.randn(2, 3, 9, 7)
     first = visattn.insert(net, "dual", at="2", sample=x)

@@ -31,7 +31,6 @@ class Card:
         role: A key of `ROLES`.
         title: The mechanism in words.
         paper: Link to the paper.
-        code: Published code it is proven against, repository at commit; None where none was published.
         aliases: Short names people search for.
         tokens: The entry that serves token sequences in its stead.
         fixed_size: The constructor needs `feat_size` and the block takes only that map size.
@@ -42,7 +41,6 @@ class Card:
     role: str
     title: str
     paper: str
-    code: str | None
     aliases: tuple[str, ...] = ()
     tokens: str | None = None
     fixed_size: bool = False
@@ -53,10 +51,6 @@ _MHSA = "https://arxiv.org/abs/1706.03762"
 _SK = "https://arxiv.org/abs/1903.06586"
 _DA = "https://arxiv.org/abs/1809.02983"
 _EPSA = "https://arxiv.org/abs/2105.14447"
-_EANET = "MenghaoGuo/EANet@59c03cb"
-_XMU = "xmu-xiaoma666/External-Attention-pytorch@d75848e"
-_DANET = "junfu1115/DANet@b0a0fa0"
-_EPSANET = "murufeng/EPSANet@9955041"
 
 _CARDS = [
     Card(
@@ -65,18 +59,16 @@ _CARDS = [
         "attention",
         "External attention",
         _EA,
-        _EANET,
         aliases=("ea",),
         tokens="external_tokens",
     ),
-    Card("external_tokens", blocks.ExternalAttention, "tokens", "External attention, tokens", _EA, _XMU),
+    Card("external_tokens", blocks.ExternalAttention, "tokens", "External attention, tokens", _EA),
     Card(
         "external_heads",
         blocks.MultiHeadExternalAttention,
         "tokens",
         "External attention, multi-head, tokens",
         _EA,
-        _EANET,
     ),
     Card(
         "multihead",
@@ -84,30 +76,25 @@ _CARDS = [
         "attention",
         "Multi-head self-attention",
         _MHSA,
-        None,
         aliases=("mhsa",),
         tokens="multihead_tokens",
     ),
-    Card(
-        "multihead_tokens", blocks.MultiHeadAttention, "tokens", "Multi-head attention, tokens", _MHSA, _XMU, ("mha",)
-    ),
+    Card("multihead_tokens", blocks.MultiHeadAttention, "tokens", "Multi-head attention, tokens", _MHSA, ("mha",)),
     Card(
         "selective_kernel",
         blocks.SelectiveKernel,
         "convolution",
         "Selective kernel",
         _SK,
-        "developer0hye/SKNet-PyTorch@f78ea0c",
         aliases=("sk",),
     ),
-    Card("dual", blocks.DualAttention, "attention", "Dual attention", _DA, _DANET, aliases=("da",)),
+    Card("dual", blocks.DualAttention, "attention", "Dual attention", _DA, aliases=("da",)),
     Card(
         "dual_position",
         blocks.PositionAttention,
         "attention",
         "Dual attention, positions alone",
         _DA,
-        _DANET,
         aliases=("pam",),
     ),
     Card(
@@ -116,7 +103,6 @@ _CARDS = [
         "attention",
         "Dual attention, channels alone",
         _DA,
-        _DANET,
         aliases=("cam",),
     ),
     Card(
@@ -125,17 +111,15 @@ _CARDS = [
         "attention",
         "Dual attention, projected form",
         _DA,
-        _XMU,
         fixed_size=True,
     ),
-    Card("dual_head", blocks.DualAttentionHead, "part", "Dual attention, segmentation head", _DA, _DANET),
+    Card("dual_head", blocks.DualAttentionHead, "part", "Dual attention, segmentation head", _DA),
     Card(
         "pyramid_squeeze",
         blocks.PyramidSqueezeAttention,
         "convolution",
         "Efficient pyramid squeeze attention",
         _EPSA,
-        _EPSANET,
         aliases=("epsa", "psa"),
     ),
     Card(
@@ -144,9 +128,8 @@ _CARDS = [
         "part",
         "Pyramid squeeze attention, bottleneck",
         _EPSA,
-        _EPSANET,
     ),
-    Card("squeeze_weight", blocks.SqueezeWeight, "part", "Pyramid squeeze attention, gate", _EPSA, _EPSANET),
+    Card("squeeze_weight", blocks.SqueezeWeight, "part", "Pyramid squeeze attention, gate", _EPSA),
 ]
 
 _BY_NAME = {card.name: card for card in _CARDS}
