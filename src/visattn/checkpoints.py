@@ -292,7 +292,7 @@ def _call(node: ast.expr) -> nn.Module:
 # ---- published constructors: their names and defaults, our arguments ------------------------------------------------
 
 
-def _external_tokens(d_model: int, S: int = 64) -> dict[str, Any]:  # noqa: N803
+def _external_tokens(d_model: int, S: int = 64) -> dict[str, Any]:
     return {"dim": d_model, "num_slots": S, "eps": 0.0}
 
 
@@ -342,7 +342,7 @@ def _sk_attention(
     kernels: Sequence[int] = (1, 3, 5, 7),
     reduction: int = 16,
     group: int = 1,
-    L: int = 32,  # noqa: N803
+    L: int = 32,
 ) -> dict[str, Any]:
     hidden = max(L, channel // reduction)
     return _selective(channel, channel, kernels, hidden, groups=group, dilated=False, hidden_norm=False, bias=True)
@@ -354,11 +354,11 @@ def _sk_layer(inplanes: int, planes: int, groups: int = 32, ratio: int = 16) -> 
 
 def _sk_conv(
     features: int,
-    M: int = 2,  # noqa: N803
-    G: int = 32,  # noqa: N803
+    M: int = 2,
+    G: int = 32,
     r: int = 16,
     stride: int = 1,
-    L: int = 32,  # noqa: N803
+    L: int = 32,
 ) -> dict[str, Any]:
     kernels = [3 + 2 * i for i in range(M)]
     hidden = max(int(features / r), L)
@@ -367,12 +367,12 @@ def _sk_conv(
 
 def _sk_conv_full(
     features: int,
-    WH: int,  # noqa: N803 - ignored by their code
-    M: int,  # noqa: N803
-    G: int,  # noqa: N803
+    WH: int,  # ignored by their code
+    M: int,
+    G: int,
     r: int,
     stride: int = 1,
-    L: int = 32,  # noqa: N803
+    L: int = 32,
 ) -> dict[str, Any]:
     return {**_sk_conv(features, M, G, r, stride, L), "dilated": False, "hidden_norm": False, "bias": True}
 
@@ -436,15 +436,15 @@ def _dual_head(in_channels: int, out_channels: int, norm_layer: Any) -> dict[str
     return {"in_channels": in_channels, "out_channels": out_channels, "drop": 0.1, "norm_layer": _norm(norm_layer)}
 
 
-def _projected_position(d_model: int = 512, kernel_size: int = 3, H: int = 7, W: int = 7) -> dict[str, Any]:  # noqa: N803
+def _projected_position(d_model: int = 512, kernel_size: int = 3, H: int = 7, W: int = 7) -> dict[str, Any]:
     return {"channels": d_model, "kernel_size": kernel_size, "attn_drop": 0.1}
 
 
-def _projected_channel(d_model: int = 512, kernel_size: int = 3, H: int = 7, W: int = 7) -> dict[str, Any]:  # noqa: N803
+def _projected_channel(d_model: int = 512, kernel_size: int = 3, H: int = 7, W: int = 7) -> dict[str, Any]:
     return {"channels": d_model, "feat_size": (H, W), "kernel_size": kernel_size, "attn_drop": 0.1}
 
 
-def _projected_dual(d_model: int = 512, kernel_size: int = 3, H: int = 7, W: int = 7) -> dict[str, Any]:  # noqa: N803
+def _projected_dual(d_model: int = 512, kernel_size: int = 3, H: int = 7, W: int = 7) -> dict[str, Any]:
     return _projected_channel()  # their class ignores its arguments: always 512 channels, 3x3, 7 x 7
 
 

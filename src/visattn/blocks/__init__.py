@@ -1,11 +1,8 @@
 """The mechanisms as modules, one file per paper."""
 
 from visattn.blocks.base import Block
-from visattn.blocks.dual import (
-    ChannelAttention,
-    DualAttention,
-    DualAttentionHead,
-    PositionAttention,
+from visattn.blocks.dual import ChannelAttention, DualAttention, DualAttentionHead, PositionAttention
+from visattn.blocks.dual_projected import (
     ProjectedChannelAttention,
     ProjectedDualAttention,
     ProjectedPositionAttention,
