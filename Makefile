@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint format
+.PHONY: bench demo test lint format
 
 demo: $(READY)
 	@echo "A short run: 3 epochs and 2 seeds, where 'visattn compare' by itself takes 20 and 3."
@@ -13,6 +13,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -q
+
+bench: $(READY)
+	$(BIN)/visattn bench --against reference,compiled,peers --json benchmarks/results
+	$(BIN)/python -m visattn.benchmarks.table
 
 lint: $(READY)
 	$(BIN)/ruff check .

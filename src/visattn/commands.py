@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from visattn.benchmarks.settings import AGAINST, DTYPES
+from visattn.benchmarks.settings import Settings as Bench
 from visattn.compare.settings import Settings
 from visattn.errors import UserError, require
 from visattn.registry import ROLES, list_blocks, resolve
@@ -57,6 +59,44 @@ def verify(
     from visattn.verify.report import verify as run
 
     if not run(names or [], device=device, dtype=dtype, json_file=json_file, cases=cases, debug=debug):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Mechanisms, short names or blocks; all by default.", metavar="NAME")
+    ] = None,
+    shapes: Annotated[str, typer.Option(help="paper, small, or map sizes such as 56x56,28x28.")] = Bench.shapes,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = Bench.device,
+    dtype: Annotated[str, typer.Option(help=f"One of: {', '.join(DTYPES)}.")] = Bench.dtype,
+    mode: Annotated[str, typer.Option(help="inference, training, or both with a comma.")] = ",".join(Bench.modes),
+    against: Annotated[str, typer.Option(help=f"With commas, of: {', '.join(AGAINST)}.")] = ",".join(Bench.against),
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Also write the results to this file, or to <device>-<date>.json in this folder."),
+    ] = None,
+    no_gate: Annotated[
+        bool, typer.Option("--no-gate", help="Time without checking results first; rows are marked unverified.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Time the blocks at the papers' shapes against their references, equal results checked first."""
+    from visattn.benchmarks import report, run
+
+    settings = Bench(
+        names=tuple(names or ()),
+        shapes=shapes,
+        device=device,
+        dtype=dtype,
+        modes=_words(mode),
+        against=_words(against),
+        gate=not no_gate,
+        json_file=json_file,
+    )
+    content = run.bench(settings, debug=debug)
+    report.show(content)
+    if not run.passed(content):
         raise typer.Exit(1)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from visattn.errors import UserError
 
-__all__ = ["PARTIAL", "write_json", "write_text"]
+__all__ = ["PARTIAL", "writable", "write_json", "write_text"]
 
 PARTIAL = ".partial-"  # how the names of files and folders begin that are not whole yet
 
@@ -42,3 +42,24 @@ def write_json(path: Path, content: Any) -> None:
         UserError: It cannot be written.
     """
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def writable(path: Path) -> Path:
+    """The file that a path leads to, asked before any work.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    target = Path(os.path.realpath(path))  # a link stays a link
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder. Give the name of a file for --json")
+        if target.exists() and not target.is_file():  # it would be replaced by a file, /dev/null too
+            raise UserError(f"{path} is not a regular file. Give the name of a file for --json")
+        if not target.parent.is_dir():
+            raise UserError(f"no such folder: {path.parent}")
+        if not os.access(target.parent, os.W_OK):
+            raise UserError(f"cannot write into {path.parent}")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror})") from error
+    return target

@@ -12,12 +12,12 @@ def test_labels_are_derived_and_unique():
     assert len(set(PAPER)) == len(PAPER) == 34
     for label in (
         "eanet@65x65",
-        "multihead_tokens.512@4096+weights",
+        "transformer@4096+weights",
         "sknet50.stage1@56x56",
         "sknet50.stage2.unit1@56x56/2",
-        "selective_kernel.256.k1357@14x14",
+        "article.sk@14x14",
         "danet.position@97x97",
-        "dual_projected.512@7x7",
+        "article.dual@7x7",
         "epsanet50.stage4@7x7",
     ):
         assert label in PAPER

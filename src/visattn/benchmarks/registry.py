@@ -66,7 +66,7 @@ class Shape:
 
     @property
     def label(self) -> str:
-        """What the shape is called, such as `sknet50.stage2.unit1@56x56/2` or `multihead_tokens.512@196+mask`."""
+        """What the shape is called, such as `sknet50.stage2.unit1@56x56/2` or `transformer@196+mask`."""
         where = self.network or f"{self.block}.{self.width}"
         size = str(self.size[0]) if self.tokens else f"{self.size[1]}x{self.size[2]}"
         stride = f"/{self.options['stride']}" if self.options.get("stride", 1) != 1 else ""
@@ -145,7 +145,7 @@ def _paper() -> list[Shape]:
     return [
         *(Shape("external", (512, side, side), batch, network="eanet") for side, batch in ((65, 2), (32, 8), (14, 32))),
         *(
-            Shape("multihead_tokens", (tokens, 512), batch, {"num_heads": 8}, call)
+            Shape("multihead_tokens", (tokens, 512), batch, {"num_heads": 8}, call, network="transformer")
             for tokens, batch in ((196, 16), (1024, 2), (4096, 1))
             for call in ((), ("mask",), ("weights",))
         ),
@@ -163,13 +163,13 @@ def _paper() -> list[Shape]:
             )
             for stage, (side, width) in enumerate(_STAGES[1:], 2)
         ),
-        Shape("selective_kernel", (256, 14, 14), 8, _ARTICLE, network="selective_kernel.256.k1357"),
+        Shape("selective_kernel", (256, 14, 14), 8, _ARTICLE, network="article.sk"),
         *(
             Shape(part, (512, side, side), batch, network=network)
             for part, network in _PARTS.items()
             for side, batch in ((33, 4), (65, 1), (97, 1))
         ),
-        Shape("dual_projected", (512, 7, 7), 32, {"feat_size": (7, 7)}),
+        Shape("dual_projected", (512, 7, 7), 32, {"feat_size": (7, 7)}, network="article.dual"),
         *(
             Shape("pyramid_squeeze", (64 * width, side, side), 8, network=f"epsanet50.stage{stage}")
             for stage, (side, width) in enumerate(_STAGES, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +17,13 @@ from rich.text import Text
 
 import visattn
 from visattn import registry
+from visattn.devices import find_device
 from visattn.errors import UserError, did_you_mean
 from visattn.profile import device_name
 from visattn.testing.tolerance import FLOAT64_TOLERANCE, NEIGHBOURS
 from visattn.verify.cases import SHIPPED, Case, load_cases
 from visattn.verify.check import GROUPS, Result, check_case, group_of, precise_matmul, skip_reason
-from visattn.writing import write_text
+from visattn.writing import writable, write_text
 
 __all__ = ["verify"]
 
@@ -59,9 +59,9 @@ def verify(
     """
     if dtype not in _DTYPES:
         raise UserError(f"unknown dtype {dtype!r}. Choose from {', '.join(_DTYPES)}")
-    place = _device(device)
+    place = find_device(device, "verify")
     if json_file is not None:
-        json_file = _writable(json_file)
+        json_file = writable(json_file)
     chosen = _choose(load_cases(SHIPPED if cases is None else cases), names)
     console = console or _console()
     results = []
@@ -76,20 +76,6 @@ def verify(
     if json_file is not None:
         write_text(json_file, json.dumps(_as_json(results, place, dtype), indent=2, allow_nan=False) + "\n")
     return any(r.verdict == "passed" for r in results) and not any(r.verdict == "failed" for r in results)
-
-
-def _device(name: str) -> torch.device:
-    """The device of that name, if it is there."""
-    here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device {name!r}. Devices here: {', '.join(here)}") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index not in (None, 0)):
-        raise UserError(f"verify runs on cpu and cuda, got device {name!r}. Devices here: {', '.join(here)}")
-    if device.type == "cuda" and f"cuda:{device.index or 0}" not in here:
-        raise UserError(f"no device {name!r} here. Devices here: {', '.join(here)}")
-    return device
 
 
 def _choose(cases: list[Case], names: Sequence[str]) -> list[Case]:
@@ -211,20 +197,3 @@ def _as_json(results: list[Result], device: torch.device, dtype: str) -> dict[st
             for result in results
         ],
     }
-
-
-def _writable(path: Path) -> Path:
-    """The file that a path leads to; raise before any work if it cannot be written."""
-    target = Path(os.path.realpath(path))  # a link stays a link
-    try:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder. Give the name of a file for --json")
-        if target.exists() and not target.is_file():  # it would be replaced by a file, /dev/null too
-            raise UserError(f"{path} is not a regular file. Give the name of a file for --json")
-        if not target.parent.is_dir():
-            raise UserError(f"no such folder: {path.parent}")
-        if not os.access(target.parent, os.W_OK):
-            raise UserError(f"cannot write into {path.parent}")
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror})") from error
-    return target
