@@ -105,7 +105,7 @@ class Contender:
         *,
         rewrap: bool = False,
     ) -> None:
-        self.name, self.wrap, self.rewrap = name, wrap, rewrap
+        self.name, self.wrap, self.rewrap, self.runs = name, wrap, rewrap, 0
         self.block, _, _ = task.shape.build(impl=impl, dtype=task.dtype, device=task.device, batch=1)
         self._take(task)
         self.call = wrap(self.block)
@@ -135,6 +135,7 @@ class Contender:
 
     def run(self) -> Tensor:
         """Do the task once."""
+        self.runs += 1
         if self.task.mode == "inference":
             with torch.inference_mode():
                 return self.call(*self.args, **self.task.kwargs)

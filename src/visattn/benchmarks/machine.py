@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ __all__ = ["Machine", "commit", "measure", "versions"]
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices that are multiplied
 BUFFER = {"cpu": 256 * 2**20, "cuda": 2**30}  # bytes that are copied, many times any cache
 REPEATS = 3  # medians, the best of which counts
+SECONDS = 0.4  # for each
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Machine:
         """Milliseconds that so many FLOPs and bytes take at least."""
         return max(flops / self.gemm_gflops, moved / self.copy_gbps) / 1e6
 
+    def best(self, again: Machine) -> Machine:
+        """The better rates of two measurements of one machine."""
+        gemm, copy = max(self.gemm_gflops, again.gemm_gflops), max(self.copy_gbps, again.copy_gbps)
+        return replace(self, gemm_gflops=gemm, copy_gbps=copy)
+
     def record(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
@@ -52,21 +58,20 @@ class Machine:
 
 def _best(call: Any, device: torch.device) -> float:
     """Seconds of the best of a few medians."""
-    return min(summarise(interleave([Timed(call)], device, seconds=0.5)[0]).median for _ in range(REPEATS)) / 1000
+    return min(summarise(interleave([Timed(call)], device, seconds=SECONDS)[0]).median for _ in range(REPEATS)) / 1000
 
 
-def measure(device: torch.device, dtype: torch.dtype, *, scale: float = 1.0) -> Machine:
+def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     """Measure both rates.
 
     Args:
         device: Which device.
         dtype: Of the matrices.
-        scale: Of the sizes of matrices and buffer; below 1 the rates mean little, but take no time.
     """
-    side = max(16, int(SIDE[device.type] * scale))
+    side = SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
-    size = max(4096, int(BUFFER[device.type] * scale))
+    size = BUFFER[device.type]
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     with torch.inference_mode():

@@ -21,6 +21,7 @@ __all__ = ["SETS", "Shape", "shapes"]
 SETS = ("paper", "small")
 GAMMA = 0.5  # of dual attention: at its first value of 0 the work would not show in the output
 MASKED = 0.1  # share of the pairs of tokens that a mask takes out
+MOST = 64  # inputs in a batch at a size of the user's own
 FEW_POSITIONS = 1024  # up to so many a GPU needs a larger batch to be filled
 
 
@@ -131,7 +132,7 @@ class Shape:
         if resolve(self.block).fixed_size:
             options["feat_size"] = (height, width)
         size = (positions, self.width) if self.tokens else (self.width, height, width)
-        batch = max(1, round(self.batch * self.positions / positions))
+        batch = min(MOST, max(1, round(self.batch * self.positions / positions)))
         return replace(self, size=size, options=options, batch=batch, network="")
 
 

@@ -60,7 +60,7 @@ def bench(
     file = settings.json_file
     if file is not None:
         file = results.target(file, results.file_name(device_name(device), date, settings.dtype))
-    rows: list[Row] = []
+    measured: list[_Measurement] = []
     skipped: list[dict[str, str]] = []
     with _precise_matmul():
         say("measuring the machine")
@@ -68,7 +68,12 @@ def bench(
         tasks = [(shape, mode) for shape in shapes for mode in settings.modes]
         for done, (shape, mode) in enumerate(tasks, 1):
             say(f"[{done}/{len(tasks)}] {shape.label} {mode}")
-            rows += _Measurement(shape, mode, settings, device, dtype, limits, seconds, debug).rows()
+            measured.append(_Measurement(shape, mode, settings, device, dtype, seconds, debug))
+        say("measuring the machine again")  # the better rates count: a busy minute must not lower the limit
+        limits = limits.best(rates(device, dtype))
+    for entry in measured:
+        entry.compare(limits)
+    rows = [row for entry in measured for row in entry.rows]
     if "peers" in settings.against:
         say("peers, in a process of their own")
         theirs, skipped = peers.measure_apart(settings, seconds=seconds)
@@ -102,20 +107,21 @@ class _Measurement:
         settings: Settings,
         device: torch.device,
         dtype: torch.dtype,
-        limits: Machine,
         seconds: float,
         debug: bool,
     ) -> None:
-        self.shape, self.mode, self.settings, self.device, self.dtype = shape, mode, settings, device, dtype
-        self.limits, self.seconds, self.debug = limits, seconds, debug
-
-    def rows(self) -> list[Row]:
-        """A row for each contender."""
+        self.shape, self.mode, self.settings, self.device = shape, mode, settings, device
+        self.seconds, self.debug, self.moved = seconds, debug, 0
         gc.collect()
         row = self._row("visattn")
-        task = self._attempt([row], lambda: Task.of(self.shape, self.mode, self.dtype, self.device))
-        if task is None:
-            return [row]
+        self.rows = [row]
+        task = self._attempt([row], lambda: Task.of(shape, mode, dtype, device))
+        if task is not None:
+            self.moved = task.moved
+            self._measure(task)
+
+    def _measure(self, task: Task) -> None:
+        """Check, count and time all contenders."""
         pairs = self._contenders(task)
         if self.settings.gate:
             self._gate(task, pairs)
@@ -123,9 +129,7 @@ class _Measurement:
             self._attempt([row], partial(self._count, row, contender))
         left = _runnable(pairs)
         self._attempt([row for row, _ in left], lambda: self._time(left))
-        rows = [row for row, _ in pairs]
-        self._compare(task, rows)
-        return rows
+        self.rows = [row for row, _ in pairs]
 
     def _row(self, name: str) -> Row:
         shape = self.shape
@@ -162,6 +166,9 @@ class _Measurement:
             if gate is None:
                 row.reason = f"the reference in float64: {exact.reason}"[:LONGEST]
                 continue
+            if contender.name == "reference":
+                row.verdict = "equal"  # by definition: the gate has run it
+                continue
             verdict = self._attempt([row], partial(gate.check, contender))
             if verdict is not None:
                 row.verdict = "equal" if verdict.equal else "NOT EQUAL"
@@ -170,8 +177,8 @@ class _Measurement:
     def _count(self, row: Row, contender: Contender) -> None:
         """Parameters, FLOPs and peak memory."""
         row.parameters = contender.parameters
-        contender.prepare()
-        contender.run()  # the first run may keep what it allocates
+        if contender.runs == 0:
+            contender.run()  # the first run may keep what it allocates
         contender.prepare()
         row.peak_mib = memory.peak_bytes(contender.run, self.device) / MIB
         if row.contender != "compiled":  # it has the FLOPs of what it was compiled from
@@ -181,20 +188,21 @@ class _Measurement:
 
     def _time(self, pairs: list[tuple[Row, Contender]]) -> None:
         """Time in turns."""
-        timed = [Timed(contender.run, contender.prepare) for _, contender in pairs]
+        timed = [Timed(contender.run, contender.prepare, warm=contender.runs > 1) for _, contender in pairs]
         for (row, _), own in zip(pairs, interleave(timed, self.device, seconds=self.seconds), strict=True):
             times = summarise(own)
             row.median_ms, row.p20_ms, row.p80_ms, row.runs = times.median, times.p20, times.p80, times.runs
 
-    def _compare(self, task: Task, rows: list[Row]) -> None:
-        """The ratio to the reference and the share of the limit."""
+    def compare(self, limits: Machine) -> None:
+        """Fill in the ratio to the reference and the share of the limit."""
+        rows = self.rows
         by_name = {row.contender: row for row in rows}
         counted = [row.gflop for row in rows if row.gflop is not None]
         if "compiled" in by_name and "reference" in by_name:
             by_name["compiled"].gflop = by_name["reference"].gflop
         if not counted:
             return
-        limit = self.limits.limit_ms(1e9 * min(counted), task.moved)
+        limit = limits.limit_ms(1e9 * min(counted), self.moved)
         reference = by_name["reference"].median_ms if "reference" in by_name else None
         for row in rows:
             row.limit_ms = limit

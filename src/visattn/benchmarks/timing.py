@@ -11,7 +11,7 @@ import torch
 
 __all__ = ["Timed", "Times", "interleave", "summarise"]
 
-SECONDS = 1.5  # for each contender; no further round starts after them all
+SECONDS = 1.0  # for each contender; no further round starts after them all
 LEAST = 5  # rounds at least, whatever the time
 MOST = 50  # rounds at most
 WARM_SECONDS = 0.05  # a contender is run again and again for so long before the clock counts, but once at least
@@ -28,10 +28,12 @@ class Timed:
     Attributes:
         run: Is timed.
         prepare: Runs before each time, outside the clock.
+        warm: It has run before and need not be warmed.
     """
 
     run: Callable[[], Any]
     prepare: Callable[[], Any] = _nothing
+    warm: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,12 @@ def interleave(
         Milliseconds of every run, a list for each contender.
     """
     for contender in contenders:
-        until = clock() + WARM_SECONDS
-        while True:
+        until, warm = clock() + WARM_SECONDS, contender.warm
+        while not warm:
             contender.prepare()
             contender.run()
             _wait(device)
-            if clock() >= until:
-                break
+            warm = clock() >= until
     times: list[list[float]] = [[] for _ in contenders]
     until = clock() + seconds * len(contenders)
     for done in range(most):
