@@ -118,3 +118,15 @@ def test_a_fused_copy_is_made_anew_for_other_numbers(monkeypatch):
     contender = fused(todo)
     assert Gate(todo).check(contender).equal
     assert len(made) == 2
+
+
+@pytest.mark.parametrize(("name", "near"), [("external", 5.0), ("selective_kernel", 0.5)])
+def test_training_stays_away_from_the_kinks_of_relu(name, near):
+    contender = Contender("reference", task(name), "reference")
+    seen = []
+    for module in contender.block.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_hook(lambda module, args, out: seen.append(out))
+    contender.run()
+    assert seen
+    assert all(out.abs().min() > near and (out > 0).any() and (out < 0).any() for out in seen)
