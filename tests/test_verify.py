@@ -127,21 +127,21 @@ def swapped_axis(logits, eps):
     return attention / (eps + attention.sum(dim=-1, keepdim=True))
 
 
-def swapped_branches(features, gates):
+def swapped_branches(features, gates, *_):
     weights = gates.softmax(dim=1)[..., None, None]
     return torch.cat([feature * weights[:, i] for i, feature in enumerate(features)], dim=1)
 
 
-def not_inverted(x, inverted):
-    flat = x.flatten(2)
-    return ((flat @ flat.transpose(1, 2)).softmax(dim=-1) @ flat).view(x.shape)
+def not_inverted(flat, gamma, inverted):
+    attention = (flat @ flat.transpose(1, 2)).softmax(dim=-1)
+    return attention, gamma * attention + torch.eye(flat.shape[1], dtype=flat.dtype)
 
 
 def over_keys_axis(query, key, value, *_):
     return (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-2) @ value
 
 
-def unweighted(features, logits):
+def unweighted(features, logits, *_):
     return torch.stack(list(features), dim=1).mean(dim=1)
 
 
@@ -150,8 +150,8 @@ BROKEN = {
     "swapped branch order": (pyramid_squeeze, ("_auto", "_reference"), swapped_branches, "pyramid_squeeze"),
     "swapped branch order, one implementation": (pyramid_squeeze, ("_auto",), swapped_branches, "pyramid_squeeze"),
     "swapped branch order, the reference": (pyramid_squeeze, ("_reference",), swapped_branches, "pyramid_squeeze"),
-    "channel attention not inverted": (dual, ("_channel", "_channel_reference"), not_inverted, "cam_a"),
-    "softmax over queries": (multihead, ("_auto", "_reference"), over_keys_axis, "mha_self"),
+    "channel attention not inverted": (dual, ("_mixing",), not_inverted, "cam_a"),
+    "softmax over queries": (multihead._MULTIHEAD, ("auto", "reference"), over_keys_axis, "mha_self"),
     "branches not weighed": (selective_kernel, ("_select", "_select_reference"), unweighted, "selective_kernel"),
 }
 
@@ -161,7 +161,7 @@ BROKEN = {
 def test_a_broken_block_fails(what, dtype, run, monkeypatch):
     module, names, broken, chosen = BROKEN[what]
     for name in names:
-        monkeypatch.setattr(module, name, broken)
+        (monkeypatch.setitem if isinstance(module, dict) else monkeypatch.setattr)(module, name, broken)
     code, out, _ = run(chosen, "--dtype", dtype)
     assert code == 1
     assert "failed" in out
@@ -169,12 +169,12 @@ def test_a_broken_block_fails(what, dtype, run, monkeypatch):
 
 
 def test_a_broken_gradient_fails(run, monkeypatch):
-    def detached(x, inverted):
+    def detached(x, gamma, inverted):
         flat = x.flatten(2)
         energies = (flat @ flat.transpose(1, 2)).detach()
-        return ((-energies if inverted else energies).softmax(dim=-1) @ flat).view(x.shape)
+        return x + gamma * ((-energies if inverted else energies).softmax(dim=-1) @ flat).view(x.shape)
 
-    monkeypatch.setattr(dual, "_channel", detached)
+    monkeypatch.setitem(dual._CHANNEL, "auto", detached)
     code, out, _ = run("cam_a")
     assert code == 1
     assert "cam_a: grad_x: relative error" in out
@@ -184,8 +184,8 @@ def test_a_broken_gradient_fails(run, monkeypatch):
 def test_a_block_that_wastes_precision_fails_below_float64_only(run, monkeypatch):
     exact = pyramid_squeeze._auto
 
-    def wasteful(features, gates):
-        return exact(features, gates.bfloat16().to(gates.dtype) if gates.dtype == torch.float32 else gates)
+    def wasteful(features, gates, layout):
+        return exact(features, gates.bfloat16().to(gates.dtype) if gates.dtype == torch.float32 else gates, layout)
 
     monkeypatch.setattr(pyramid_squeeze, "_auto", wasteful)
     assert run("psa_default")[0] == 0
@@ -198,7 +198,7 @@ def test_a_block_that_raises_fails_with_its_message_and_with_debug_its_traceback
     def raising(*_):
         raise RuntimeError("no such kernel\nsecond line")
 
-    monkeypatch.setattr(dual, "_channel", raising)
+    monkeypatch.setitem(dual._CHANNEL, "auto", raising)
     code, out, _ = run("cam_a", "cam_soft")
     assert code == 1
     assert "failed dual/cam_a: RuntimeError: no such kernel\n" in out

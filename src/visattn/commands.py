@@ -50,6 +50,7 @@ def verify(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float64",
+    impl: Annotated[str, typer.Option(help="Which implementation, such as auto or reference; all for each.")] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
     cases: Annotated[Path | None, typer.Option(help="Folder of recorded cases; the shipped ones by default.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -58,7 +59,7 @@ def verify(
     require("numpy", extra="compare", purpose="visattn verify")
     from visattn.verify.report import verify as run
 
-    if not run(names or [], device=device, dtype=dtype, json_file=json_file, cases=cases, debug=debug):
+    if not run(names or [], device=device, dtype=dtype, impl=impl, json_file=json_file, cases=cases, debug=debug):
         raise typer.Exit(1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,11 @@ __all__ = [
     "NormLayer",
     "check_map",
     "check_tokens",
+    "fold_norm",
+    "foldable",
     "layout_like",
     "make_norm",
+    "map_layout",
     "query_indices",
     "token_query_indices",
 ]
@@ -26,7 +29,13 @@ NormLayer = Callable[[int], nn.Module]
 
 
 class Block(nn.Module):
-    """A visattn block; `attention_maps` tells what it attends to, for `visattn.capture`."""
+    """A visattn block; `attention_maps` tells what it attends to, for `visattn.capture`.
+
+    Attributes:
+        impls: What its argument `impl` may be, "auto" and "reference" first; empty where it has none.
+    """
+
+    impls: ClassVar[tuple[str, ...]] = ()
 
     def attention_maps(self, *inputs: Any, **options: Any) -> dict[str, Tensor]:
         """Maps by kind, for the arguments of `forward` and `queries`; empty where a block's parts speak for it.
@@ -67,10 +76,32 @@ def make_norm(norm_layer: NormLayer, channels: int, device: Any, dtype: Any) -> 
     return norm_layer(channels).to(device=device, dtype=dtype)
 
 
+def foldable(norm: nn.Module) -> bool:
+    """Whether a norm multiplies and shifts each channel by numbers known beforehand."""
+    return type(norm) is nn.BatchNorm2d and not norm.training and norm.running_var is not None
+
+
+def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a convolution with the norm that follows it made part of them, if it is `foldable`."""
+    if not foldable(norm):
+        return weight, bias
+    norm = cast(nn.BatchNorm2d, norm)
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    scale = (variance + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -mean * scale if bias is None else (bias - mean) * scale
+    return weight * scale[:, None, None, None], shift if norm.bias is None else shift + norm.bias
+
+
+def map_layout(x: Tensor) -> torch.memory_format:
+    """The memory format of a map: contiguous, or channels-last where it is that alone."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def layout_like(out: Tensor, x: Tensor) -> Tensor:
     """`out` in the memory format of `x`: contiguous, or channels-last where `x` is that alone."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return out.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return out.contiguous(memory_format=map_layout(x))
 
 
 def query_indices(

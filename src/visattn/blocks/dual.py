@@ -8,14 +8,21 @@ Authors' code: https://github.com/junfu1115/DANet at b0a0fa008148f102321cdaa7ca3
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from visattn.blocks.base import Block, NormLayer, check_map, make_norm, query_indices
 from visattn.errors import check
-from visattn.ops.dual import channel_attention, channel_weights, position_attention, position_weights
+from visattn.ops.dual import (
+    CHANNEL_IMPLEMENTATIONS,
+    POSITION_IMPLEMENTATIONS,
+    channel_residual,
+    channel_weights,
+    position_residual,
+    position_weights,
+)
 
 __all__ = [
     "ChannelAttention",
@@ -31,7 +38,7 @@ class PositionAttention(Block):
     Args:
         channels: Channels C of the map.
         reduction: Queries and keys have `max(1, channels // reduction)` channels.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", "fused" or "pieces", see `visattn.ops.dual.position_attention`.
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -52,6 +59,8 @@ class PositionAttention(Block):
         >>> PositionAttention(16)(torch.randn(2, 16, 5, 7)).shape
         torch.Size([2, 16, 5, 7])
     """
+
+    impls = POSITION_IMPLEMENTATIONS
 
     def __init__(
         self,
@@ -86,8 +95,10 @@ class PositionAttention(Block):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
         check_map(self, x, self.channels)
-        out = position_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x), impl=self.impl)
-        return x + self.gamma * out
+        query, key, value = (
+            (conv.weight, cast(Tensor, conv.bias)) for conv in (self.query_conv, self.key_conv, self.value_conv)
+        )
+        return position_residual(x, query, key, value, self.gamma, impl=self.impl)
 
     def wake(self) -> None:
         """Gamma 1."""
@@ -112,7 +123,7 @@ class ChannelAttention(Block):
         channels: Channels C of the map.
         inverted: The authors' code (the most alike channels get the least weight), which their checkpoints need;
             False is the paper's equation `softmax(E)`.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", "plain" or "buffered", see `visattn.ops.dual.channel_residual`.
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -132,6 +143,8 @@ class ChannelAttention(Block):
         >>> ChannelAttention(16)(torch.randn(2, 16, 5, 7)).shape
         torch.Size([2, 16, 5, 7])
     """
+
+    impls = CHANNEL_IMPLEMENTATIONS
 
     def __init__(
         self,
@@ -154,7 +167,7 @@ class ChannelAttention(Block):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
         check_map(self, x, self.channels)
-        return x + self.gamma * channel_attention(x, inverted=self.inverted, impl=self.impl)
+        return channel_residual(x, self.gamma, inverted=self.inverted, impl=self.impl)
 
     def wake(self) -> None:
         """Gamma 1."""
@@ -176,7 +189,7 @@ class DualAttention(Block):
         channels: Channels C of the map.
         reduction: See `PositionAttention`.
         inverted: See `ChannelAttention`.
-        impl: "auto" or "reference".
+        impl: That of `PositionAttention`; channel attention is "reference" with it, otherwise "auto".
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -197,6 +210,8 @@ class DualAttention(Block):
         torch.Size([2, 16, 5, 7])
     """
 
+    impls = POSITION_IMPLEMENTATIONS
+
     def __init__(
         self,
         channels: int,
@@ -209,7 +224,8 @@ class DualAttention(Block):
     ) -> None:
         super().__init__()
         self.position = PositionAttention(channels, reduction=reduction, impl=impl, device=device, dtype=dtype)
-        self.channel = ChannelAttention(channels, inverted=inverted, impl=impl, device=device, dtype=dtype)
+        plainness = "reference" if impl == "reference" else "auto"
+        self.channel = ChannelAttention(channels, inverted=inverted, impl=plainness, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """As its two parts."""
@@ -232,7 +248,7 @@ class DualAttentionHead(Block):
         inverted: See `ChannelAttention`.
         drop: Dropout of whole channels before the classifiers.
         norm_layer: Builds every norm from a channel count.
-        impl: "auto" or "reference".
+        impl: See `DualAttention`.
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -252,6 +268,8 @@ class DualAttentionHead(Block):
         >>> [tuple(y.shape) for y in DualAttentionHead(32, 5)(torch.randn(2, 32, 5, 7))]
         [(2, 5, 5, 7), (2, 5, 5, 7), (2, 5, 5, 7)]
     """
+
+    impls = POSITION_IMPLEMENTATIONS
 
     def __init__(
         self,
@@ -282,7 +300,8 @@ class DualAttentionHead(Block):
 
         self.conv5a, self.conv5c = stem(in_channels), stem(in_channels)
         self.sa = PositionAttention(inner, reduction=reduction, impl=impl, device=device, dtype=dtype)
-        self.sc = ChannelAttention(inner, inverted=inverted, impl=impl, device=device, dtype=dtype)
+        plainness = "reference" if impl == "reference" else "auto"
+        self.sc = ChannelAttention(inner, inverted=inverted, impl=plainness, device=device, dtype=dtype)
         self.conv51, self.conv52 = stem(inner), stem(inner)
         self.conv6, self.conv7, self.conv8 = classifier(), classifier(), classifier()
 

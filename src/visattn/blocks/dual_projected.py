@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from visattn.blocks.base import Block, check_map, layout_like, query_indices
 from visattn.blocks.multihead import MultiHeadAttention
 from visattn.errors import check
-from visattn.ops.multihead import multihead_weights
+from visattn.ops.multihead import IMPLEMENTATIONS, multihead_weights
 
 __all__ = ["ProjectedChannelAttention", "ProjectedDualAttention", "ProjectedPositionAttention"]
 
@@ -33,7 +33,7 @@ class ProjectedPositionAttention(Block):
         channels: Channels C of the map.
         kernel_size: Odd kernel of the convolution.
         attn_drop: Dropout on the attention.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", "fused" or "pieces", see `visattn.ops.multihead.multihead_attention`.
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -53,6 +53,8 @@ class ProjectedPositionAttention(Block):
         >>> ProjectedPositionAttention(8)(torch.randn(2, 8, 5, 7)).shape
         torch.Size([2, 8, 5, 7])
     """
+
+    impls = IMPLEMENTATIONS
 
     def __init__(
         self,
@@ -96,7 +98,7 @@ class ProjectedChannelAttention(Block):
         feat_size: The (H, W) it is built for.
         kernel_size: Odd kernel of the convolution.
         attn_drop: Dropout on the attention.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", "fused" or "pieces", see `visattn.ops.multihead.multihead_attention`.
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -116,6 +118,8 @@ class ProjectedChannelAttention(Block):
         >>> ProjectedChannelAttention(8, (5, 7))(torch.randn(2, 8, 5, 7)).shape
         torch.Size([2, 8, 5, 7])
     """
+
+    impls = IMPLEMENTATIONS
 
     def __init__(
         self,
@@ -182,7 +186,7 @@ class ProjectedDualAttention(Block):
         feat_size: The (H, W) it is built for.
         kernel_size: Odd kernel of the convolutions.
         attn_drop: Dropout on the attention.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", "fused" or "pieces", see `visattn.ops.multihead.multihead_attention`.
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -203,6 +207,8 @@ class ProjectedDualAttention(Block):
         >>> ProjectedDualAttention(8, (5, 7))(torch.randn(2, 8, 5, 7)).shape
         torch.Size([2, 8, 5, 7])
     """
+
+    impls = IMPLEMENTATIONS
 
     def __init__(
         self,

@@ -18,9 +18,33 @@ from torch.nn import functional as F
 
 from visattn.blocks.base import Block, NormLayer, check_map, check_tokens, make_norm
 from visattn.errors import check
-from visattn.ops.external import double_normalize, external_attention, external_attention_2d
+from visattn.ops.external import (
+    IMPLEMENTATIONS,
+    BatchNorm,
+    double_normalize,
+    external_attention,
+    external_attention_2d,
+    external_residual_2d,
+)
 
 __all__ = ["ExternalAttention", "ExternalAttention2d", "MultiHeadExternalAttention"]
+
+
+def batch_norm_tensors(norm: nn.Module) -> BatchNorm | None:
+    """What the op needs of a plain batch norm, counting its batch; None for every other norm."""
+    if (
+        type(norm) is not nn.BatchNorm2d
+        or norm.weight is None
+        or norm.running_mean is None
+        or norm.running_var is None
+        or norm.momentum is None
+    ):
+        return None
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    return BatchNorm(
+        norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps
+    )
 
 
 class ExternalAttention(Block):
@@ -53,6 +77,8 @@ class ExternalAttention(Block):
         >>> ExternalAttention(16, num_slots=8)(torch.randn(2, 11, 16)).shape
         torch.Size([2, 11, 16])
     """
+
+    impls = ("auto", "reference")
 
     def __init__(
         self,
@@ -123,6 +149,7 @@ class MultiHeadExternalAttention(Block):
         torch.Size([2, 11, 24])
     """
 
+    impls = ("auto", "reference")
     widening = 4
     eps = 1e-9
 
@@ -203,7 +230,7 @@ class ExternalAttention2d(Block):
         tie_memory: One memory, `Mv = Mk^T`; otherwise two separate ones.
         norm_layer: Builds the norm from a channel count.
         eps: Added to the sum over slots.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", "plain" or "buffered", see `visattn.ops.external.external_residual_2d`.
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -225,6 +252,8 @@ class ExternalAttention2d(Block):
         >>> ExternalAttention2d(16)(torch.randn(2, 16, 5, 7)).shape
         torch.Size([2, 16, 5, 7])
     """
+
+    impls = IMPLEMENTATIONS
 
     def __init__(
         self,
@@ -269,17 +298,18 @@ class ExternalAttention2d(Block):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
         check_map(self, x, self.channels)
-        out = external_attention_2d(
-            x,
+        weights = (
             self.conv1.weight,
             self.conv1.bias,
             self.linear_0.weight[..., 0],
             self._value_memory(),
             cast(Tensor, self.conv2[0].weight),
-            eps=self.eps,
-            impl=self.impl,
         )
-        return F.relu(x + self.conv2[1](out))
+        norm = batch_norm_tensors(self.conv2[1])
+        if norm is None:
+            mapped = external_attention_2d(x, *weights, eps=self.eps, impl=self.impl)
+            return F.relu(x + self.conv2[1](mapped))
+        return external_residual_2d(x, *weights, norm, eps=self.eps, impl=self.impl)
 
     def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
         """`slot`: (B, S, H, W), each position's weights over the slots."""

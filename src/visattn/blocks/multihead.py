@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from visattn.blocks.base import Block, check_map, check_tokens, layout_like, query_indices, token_query_indices
 from visattn.errors import check
-from visattn.ops.multihead import multihead_attention, multihead_weights
+from visattn.ops.multihead import IMPLEMENTATIONS, multihead_attention, multihead_weights
 
 __all__ = ["MultiHeadAttention", "MultiHeadAttention2d"]
 
@@ -30,7 +30,7 @@ class MultiHeadAttention(Block):
         value_dim: Width of a head's values; default `dim // num_heads`.
         project: False leaves out the projections of queries, keys and values (the "simplified" published form).
         attn_drop: Dropout on the attention.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", "fused" or "pieces", see `visattn.ops.multihead.multihead_attention`.
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -54,6 +54,8 @@ class MultiHeadAttention(Block):
         >>> MultiHeadAttention(24, num_heads=4)(torch.randn(2, 5, 24), torch.randn(2, 7, 24)).shape
         torch.Size([2, 5, 24])
     """
+
+    impls = IMPLEMENTATIONS
 
     def __init__(
         self,
@@ -177,7 +179,7 @@ class MultiHeadAttention2d(Block):
         head_dim: Width of a head's queries and keys; default `channels // num_heads`.
         value_dim: Width of a head's values; default `channels // num_heads`.
         attn_drop: Dropout on the attention.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", "fused" or "pieces", see `visattn.ops.multihead.multihead_attention`.
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -197,6 +199,8 @@ class MultiHeadAttention2d(Block):
         >>> MultiHeadAttention2d(16, num_heads=4)(torch.randn(2, 16, 5, 7)).shape
         torch.Size([2, 16, 5, 7])
     """
+
+    impls = IMPLEMENTATIONS
 
     def __init__(
         self,

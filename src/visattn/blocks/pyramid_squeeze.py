@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.blocks.base import Block, NormLayer, check_map, make_norm
+from visattn.blocks.base import Block, NormLayer, check_map, make_norm, map_layout
 from visattn.errors import check
+from visattn.ops._shared import eager
+from visattn.ops.convolution import IMPLEMENTATIONS, grouped_conv2d
 from visattn.ops.pyramid_squeeze import pyramid_squeeze, pyramid_weights
 
 __all__ = ["PyramidSqueezeAttention", "PyramidSqueezeBottleneck", "SqueezeWeight"]
@@ -117,7 +119,7 @@ class PyramidSqueezeAttention(Block):
         stride: Stride of the convolutions.
         reduction: Of the SE part.
         gate_layer: Of the SE part.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", or a form of the convolutions, see `visattn.ops.convolution.grouped_conv2d`.
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -138,6 +140,8 @@ class PyramidSqueezeAttention(Block):
         >>> PyramidSqueezeAttention(64, stride=2)(torch.randn(2, 64, 9, 7)).shape
         torch.Size([2, 64, 5, 4])
     """
+
+    impls = IMPLEMENTATIONS
 
     def __init__(
         self,
@@ -217,7 +221,17 @@ class PyramidSqueezeAttention(Block):
         _init_convs(self)
 
     def _scales(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        features = [getattr(self, f"conv_{index}")(x) for index in range(1, len(self.kernel_size) + 1)]
+        features = [
+            grouped_conv2d(
+                x,
+                getattr(self, f"conv_{index}").weight,
+                stride=self.stride,
+                padding=size // 2,
+                groups=groups,
+                impl=self.impl,
+            )
+            for index, (size, groups) in enumerate(zip(self.kernel_size, self.groups, strict=True), start=1)
+        ]
         means = torch.stack([feature.mean(dim=(2, 3)) for feature in features], dim=1)  # (B, K, C)
         gates = self.se.excite(means.flatten(0, 1)[..., None, None])
         return features, gates.view(means.shape)
@@ -225,8 +239,13 @@ class PyramidSqueezeAttention(Block):
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         check_map(self, x, self.channels)
+        layout = map_layout(x)
+        # Some scales are computed channels-last: converted once, the map serves them all.
+        if self.impl == "auto" and x.device.type == "cpu" and eager(x):
+            x = x.contiguous(memory_format=torch.channels_last)
         features, gates = self._scales(x)
-        return pyramid_squeeze(features, gates, impl=self.impl)
+        plainness = "reference" if self.impl == "reference" else "auto"
+        return pyramid_squeeze(features, gates, layout=layout, impl=plainness)
 
     def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
         """`branch`: (B, K, C), each channel's weights over the scales, smallest kernel first."""
@@ -249,7 +268,7 @@ class PyramidSqueezeBottleneck(Block):
         kernel_size: See `PyramidSqueezeAttention`.
         groups: See `PyramidSqueezeAttention`.
         norm_layer: Builds every norm from a channel count.
-        impl: "auto" or "reference".
+        impl: See `PyramidSqueezeAttention`.
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -270,6 +289,7 @@ class PyramidSqueezeBottleneck(Block):
         torch.Size([2, 256, 5, 4])
     """
 
+    impls = IMPLEMENTATIONS
     expansion = 4
 
     def __init__(

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.blocks.base import Block, NormLayer, check_map, make_norm
+from visattn.blocks.base import Block, NormLayer, check_map, fold_norm, foldable, make_norm
 from visattn.errors import check
+from visattn.ops._shared import eager
+from visattn.ops.convolution import IMPLEMENTATIONS, grouped_conv2d
 from visattn.ops.selective_kernel import branch_descriptor, branch_select, branch_weights
 
 __all__ = ["SelectiveKernel"]
@@ -28,13 +30,30 @@ __all__ = ["SelectiveKernel"]
 class _Branch(nn.Module):
     """Convolution, norm, activation."""
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.Module, act: nn.Module) -> None:
+    def __init__(self, conv: nn.Conv2d, bn: nn.Module, act: nn.Module, impl: str) -> None:
         super().__init__()
-        self.conv, self.bn, self.act = conv, bn, act
+        self.conv, self.bn, self.act, self.impl = conv, bn, act, impl
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(self.bn(self.conv(x)))
-        return out
+    def forward(self, x: Tensor, *, alone: bool = False) -> Tensor:
+        """`alone`: nothing is recorded, so the norm may become part of the convolution."""
+        conv = self.conv
+        weight, bias = (conv.weight, conv.bias) if not alone else fold_norm(conv.weight, conv.bias, self.bn)
+        out = grouped_conv2d(
+            x,
+            weight,
+            bias,
+            stride=conv.stride[0],
+            padding=int(conv.padding[0]),
+            dilation=conv.dilation[0],
+            groups=conv.groups,
+            impl=self.impl,
+        )
+        if not (alone and foldable(self.bn)):
+            out = self.bn(out)
+        if type(self.act) is nn.ReLU and type(self.bn) is nn.BatchNorm2d and self.impl != "reference":
+            return F.relu_(out)  # neither convolution nor norm looks at its output again
+        activated: Tensor = self.act(out)
+        return activated
 
 
 class SelectiveKernel(Block):
@@ -58,7 +77,7 @@ class SelectiveKernel(Block):
         bias: Bias of the branch convolutions and of `fc`.
         norm_layer: Builds every norm, that of the hidden vector included, from a channel count.
         act_layer: Builds every activation.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", or a form of the convolutions, see `visattn.ops.convolution.grouped_conv2d`.
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -79,6 +98,8 @@ class SelectiveKernel(Block):
         >>> SelectiveKernel(64, stride=2)(torch.randn(2, 64, 9, 7)).shape
         torch.Size([2, 64, 5, 4])
     """
+
+    impls = IMPLEMENTATIONS
 
     def __init__(
         self,
@@ -143,7 +164,7 @@ class SelectiveKernel(Block):
                 device=device,
                 dtype=dtype,
             )
-            self.convs.append(_Branch(conv, make_norm(norm_layer, out_channels, device, dtype), act_layer()))
+            self.convs.append(_Branch(conv, make_norm(norm_layer, out_channels, device, dtype), act_layer(), impl))
         hidden = max(min_hidden, out_channels // reduction)
         self.fc = nn.Linear(out_channels, hidden, bias=bias, device=device, dtype=dtype)
         self.fc_bn = make_norm(norm_layer, hidden, device, dtype) if hidden_norm else None
@@ -169,16 +190,24 @@ class SelectiveKernel(Block):
         activated: Tensor = self.fc_act(hidden)
         return activated.flatten(1)
 
+    @property
+    def _plainness(self) -> str:
+        return "reference" if self.impl == "reference" else "auto"
+
+    def _alone(self, x: Tensor) -> bool:
+        return self.impl != "reference" and not torch.is_grad_enabled() and eager(x)
+
     def _branches(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        features = [branch(x) for branch in self.convs]
-        hidden = self._hidden(branch_descriptor(features, impl=self.impl))
+        alone = self._alone(x)
+        features = [branch(x, alone=alone) for branch in self.convs]
+        hidden = self._hidden(branch_descriptor(features, impl=self._plainness))
         return features, torch.stack([fc(hidden) for fc in self.fcs], dim=1)  # logits (B, K, C)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         check_map(self, x, self.channels)
         features, logits = self._branches(x)
-        return branch_select(features, logits, impl=self.impl)
+        return branch_select(features, logits, overwrite=self._alone(x), impl=self._plainness)
 
     def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
         """`branch`: (B, K, C), each channel's weights over the branches."""

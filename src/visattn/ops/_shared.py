@@ -1,17 +1,28 @@
-"""What every op needs: choosing an implementation, and arithmetic that must not run in 16 bits."""
+"""What every op needs: choosing an implementation, arithmetic that must not run in 16 bits, gradients of our own."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from visattn.errors import check
 
-__all__ = ["choose", "full_precision", "small_matrix", "upcast"]
+__all__ = [
+    "choose",
+    "differentiate_again",
+    "eager",
+    "empty_map",
+    "full_precision",
+    "need_eager",
+    "precise",
+    "recording",
+    "upcast",
+]
 
 Function = TypeVar("Function")
 
@@ -34,14 +45,67 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def small_matrix(query: Tensor, key: Tensor) -> bool:
-    """Whether to write out the attention matrix of queries (B, heads, Nq, D) and keys (B, heads, Nk, D).
+def eager(*tensors: Tensor | None) -> bool:
+    """Whether code that writes into buffers of its own, or brings its own gradients, may serve these tensors.
 
-    torch's fused kernels recompute the softmax from its log-sum-exp in the backward pass. In float32 that loses digits
-    of the gradients where the softmax saturates, more than the budget of visattn.testing allows, so there they are for
-    matrices that should not be held. 16-bit inputs are better served by them at any size, float64 has digits to spare.
-    Under a compiler sizes may be symbols, on which nothing can be decided.
+    It may not where something looks at the operations one by one: compilers and exporters, `torch.func`, forward-mode
+    derivatives, subclasses of tensors. Nor for empty tensors, which the plain operations treat as users know.
     """
-    if torch.compiler.is_compiling() or query.dtype != torch.float32:
-        return False
-    return query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= 2**22
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and all(
+            type(tensor) in (Tensor, torch.nn.Parameter) and tensor.numel() > 0
+            for tensor in tensors
+            if tensor is not None
+        )
+    )
+
+
+def need_eager(impl: str, *tensors: Tensor | None) -> None:
+    """Raise unless code that writes into buffers of its own may serve these tensors."""
+    check(
+        eager(*tensors),
+        f"impl={impl!r}",
+        "compilers, exporters, torch.func, tensor subclasses and empty tensors need plain operations",
+        remedy="Leave impl at 'auto'.",
+        shapes=[tuple(tensor.shape) for tensor in tensors if tensor is not None],
+    )
+
+
+def precise(*tensors: Tensor) -> bool:
+    """Whether all are float32 or all float64, and autocast would leave them so."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    autocast = torch.is_autocast_enabled(tensors[0].device.type)
+    return dtypes in ({torch.float32}, {torch.float64}) and not autocast
+
+
+def empty_map(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for a map like `x` (B, C, H, W), contiguous or channels-last as `x` is, and the same seen as (B, C, N)."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    out = torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+    return out, out.view(*x.shape[:2], -1)
+
+
+def recording(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows what is done with these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def differentiate_again(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], gradient: Tensor
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated themselves, for `create_graph=True`: those of the plain operations.
+
+    Args:
+        function: The plain form of an op.
+        inputs: Its arguments.
+        needed: Which of them get a gradient.
+        gradient: That of its result.
+    """
+    with torch.enable_grad():
+        wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need and tensor is not None]
+        found = iter(torch.autograd.grad(function(*inputs), wanted, gradient, create_graph=True, allow_unused=True))
+    return [next(found) if need and tensor is not None else None for tensor, need in zip(inputs, needed, strict=True)]

@@ -6,12 +6,39 @@ Authors' code: https://github.com/junfu1115/DANet at b0a0fa008148f102321cdaa7ca3
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visattn.ops._shared import choose, full_precision, small_matrix, upcast
+from visattn.ops._attention import PIECE, attend_in_pieces
+from visattn.ops._shared import (
+    choose,
+    differentiate_again,
+    eager,
+    empty_map,
+    full_precision,
+    need_eager,
+    precise,
+    recording,
+    upcast,
+)
 
-__all__ = ["channel_attention", "channel_weights", "position_attention", "position_weights"]
+__all__ = [
+    "CHANNEL_IMPLEMENTATIONS",
+    "POSITION_IMPLEMENTATIONS",
+    "channel_attention",
+    "channel_residual",
+    "channel_weights",
+    "position_attention",
+    "position_residual",
+    "position_weights",
+]
+
+
+Projection = tuple[Tensor, Tensor]
 
 
 def position_weights(query: Tensor, key: Tensor) -> Tensor:
@@ -30,12 +57,42 @@ def _position_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (value.flatten(2) @ attention.transpose(1, 2)).view(value.shape)
 
 
-def _position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    q, k, v = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in (query, key, value))  # (B, 1, N, channels)
-    if small_matrix(q, k):
-        return _position_reference(query, key, value)
+def _one_head(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, N, channels)
+
+
+def _position_fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    q, k, v = _one_head(query), _one_head(key), _one_head(value)
     out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
     return out.squeeze(1).transpose(1, 2).reshape(value.shape)
+
+
+def _plain(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, weights: Tensor | None, scale: float
+) -> Tensor:
+    return (query @ key.transpose(2, 3)).softmax(dim=-1) @ value
+
+
+def _position_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    out = attend_in_pieces(_one_head(query), _one_head(key), _one_head(value), _plain)
+    return out.squeeze(1).transpose(1, 2).reshape(value.shape).to(value.dtype)
+
+
+def _position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    # On a CPU torch's fused kernels want queries as wide as values, and in float32 their gradients lose digits where
+    # the softmax saturates. 16-bit inputs on a GPU are what they are for.
+    if eager(query, key, value) and (query.dtype in (torch.float32, torch.float64) or query.device.type == "cpu"):
+        return _position_pieces(query, key, value)
+    return _position_fused(query, key, value)
+
+
+_POSITION = {
+    "auto": _position,
+    "reference": _position_reference,
+    "fused": _position_fused,
+    "pieces": _position_pieces,
+}
+POSITION_IMPLEMENTATIONS = tuple(_POSITION)
 
 
 def position_attention(query: Tensor, key: Tensor, value: Tensor, *, impl: str = "auto") -> Tensor:
@@ -45,22 +102,109 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, *, impl: str =
         query: (B, D, H, W).
         key: (B, D, H, W).
         value: (B, C, H, W).
-        impl: "auto" (torch's fused attention, but for small matrices in float32) or "reference" (holds the N x N
-            matrix).
+        impl: "auto"; "reference", which holds the N x N matrix; "fused", torch's kernels; "pieces", a part of the
+            matrix at a time, not for compilers.
 
     Returns:
         (B, C, H, W) in the dtype of `value`. Softmax of 16-bit inputs runs in float32.
 
     Raises:
-        ValueError: Unknown `impl`.
+        ValueError: Unknown `impl`, or one that cannot serve the arguments.
 
     Example:
         >>> q, v = torch.randn(2, 3, 5, 7), torch.randn(2, 8, 5, 7)
         >>> position_attention(q, q, v).shape
         torch.Size([2, 8, 5, 7])
     """
-    functions = {"auto": _position, "reference": _position_reference}
-    return choose("position_attention", impl, functions)(query, key, value)
+    return choose("position_attention", impl, _POSITION)(query, key, value)
+
+
+def _position_residual_plain(
+    x: Tensor,
+    query: Projection,
+    key: Projection,
+    value: Projection,
+    gamma: Tensor,
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    return gamma * attention(F.conv2d(x, *query), F.conv2d(x, *key), F.conv2d(x, *value)) + x
+
+
+@torch.no_grad()
+def _position_residual_pieces(
+    x: Tensor, query: Projection, key: Projection, value: Projection, gamma: Tensor
+) -> Tensor:
+    # The rows of the attention matrix sum to one, so the value convolution may come after it: neither the values nor
+    # the attended map before gamma and the residual are ever in memory.
+    out, flat_out = empty_map(x)
+    keys = F.conv2d(x, *key).flatten(2)
+    queries = F.conv2d(x, *query).flatten(2).transpose(1, 2)
+    weight, bias = gamma * value[0].flatten(1), (gamma * value[1])[:, None]
+    positions = keys.shape[2]
+    rows = min(positions, max(1, PIECE["cpu"] // positions))
+    buffer = x.new_empty(rows, positions)
+    for x_map, y_map, q, k in zip(x.flatten(2), flat_out, queries, keys, strict=True):
+        for start in range(0, positions, rows):
+            part = slice(start, start + rows)
+            attention = buffer[: q[part].shape[0]]
+            torch.mm(q[part], k, out=attention)
+            torch.softmax(attention, -1, out=attention)
+            y = torch.add(x_map[:, part], bias, out=y_map[:, part])
+            torch.addmm(y, weight, x_map @ attention.t(), out=y)
+    return out
+
+
+def _position_residual(x: Tensor, query: Projection, key: Projection, value: Projection, gamma: Tensor) -> Tensor:
+    tensors = (x, *query, *key, *value, gamma)
+    if x.device.type == "cpu" and eager(*tensors) and precise(*tensors) and not recording(*tensors):
+        return _position_residual_pieces(x, query, key, value, gamma)
+    return _position_residual_plain(x, query, key, value, gamma, _position)
+
+
+def position_residual(
+    x: Tensor, query: Projection, key: Projection, value: Projection, gamma: Tensor, *, impl: str = "auto"
+) -> Tensor:
+    """DANet's position attention with its convolutions: `gamma * position_attention(Wq x, Wk x, Wv x) + x`.
+
+    Args:
+        x: (B, C, H, W).
+        query: Weight (D, C, 1, 1) and bias (D,) of the convolution that makes the queries.
+        key: The same for the keys.
+        value: Weight (C, C, 1, 1) and bias (C,).
+        gamma: One number.
+        impl: As for `position_attention`. Without gradients "auto" applies the value convolution to what was attended
+            to, a few positions at a time: on a CPU its memory is the output and little else.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: Unknown `impl`, or one that cannot serve the arguments.
+
+    Example:
+        >>> x, projection = torch.randn(2, 6, 3, 5), (torch.randn(6, 6, 1, 1), torch.zeros(6))
+        >>> position_residual(x, projection, projection, projection, torch.ones(1)).shape
+        torch.Size([2, 6, 3, 5])
+    """
+    attention = choose("position_residual", impl, _POSITION)
+    if impl == "auto":
+        return _position_residual(x, query, key, value, gamma)
+    return _position_residual_plain(x, query, key, value, gamma, attention)
+
+
+def _gram(flat: Tensor) -> Tensor:
+    """`X X^T` of (B, C, N); of large ones only what lies on and above the diagonal blocks is computed."""
+    channels = flat.shape[1]
+    if not eager(flat) or flat.device.type != "cpu" or channels < 256:
+        return flat @ flat.transpose(1, 2)
+    out = flat.new_empty(flat.shape[0], channels, channels)
+    step = -(-channels // 4)
+    for x, energies in zip(flat, out, strict=True):
+        for start in range(0, channels, step):
+            rows = slice(start, start + step)
+            torch.mm(x[rows], x[start:].t(), out=energies[rows, start:])
+            energies[start + step :, rows] = energies[rows, start + step :].t()
+    return out
 
 
 def channel_weights(x: Tensor, *, inverted: bool = True) -> Tensor:
@@ -106,3 +250,108 @@ def channel_attention(x: Tensor, *, inverted: bool = True, impl: str = "auto") -
         torch.Size([2, 6, 3, 5])
     """
     return choose("channel_attention", impl, {"auto": _channel, "reference": _channel_reference})(x, inverted)
+
+
+def _channel_residual_reference(x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
+    return gamma * _channel_reference(x, inverted) + x
+
+
+def _channel_residual_plain(x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
+    return gamma * _channel(x, inverted) + x
+
+
+def _mixing(flat: Tensor, gamma: Tensor, inverted: bool) -> tuple[Tensor, Tensor]:
+    """`A` and `gamma A + I`, each (B, C, C)."""
+    energies = _gram(flat)
+    attention = torch.softmax(energies.neg_() if inverted else energies, -1, out=energies)
+    mixing = gamma * attention
+    mixing.diagonal(dim1=1, dim2=2).add_(1)
+    return attention, mixing
+
+
+class _ChannelResidual(torch.autograd.Function):
+    """`(gamma A + I) X`: gamma and the residual belong to the small matrix, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
+        flat = x.flatten(2)
+        attention, mixing = _mixing(flat, gamma, inverted)
+        ctx.save_for_backward(x, gamma, attention, mixing)
+        ctx.inverted = inverted
+        out, flat_out = empty_map(x)
+        torch.bmm(mixing, flat, out=flat_out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, gamma, attention, mixing = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            again = differentiate_again(
+                lambda x, gamma: _channel_residual_plain(x, gamma, ctx.inverted),
+                (x, gamma),
+                ctx.needs_input_grad[:2],
+                gradient,
+            )
+            return (*again, None)
+        with full_precision(x):
+            flat, flat_gradient = x.flatten(2), gradient.flatten(2)
+            d_mixing = flat_gradient @ flat.transpose(1, 2)
+            d_gamma = (d_mixing * attention).sum().view(gamma.shape)
+            d_attention = d_mixing.mul_(-gamma if ctx.inverted else gamma)
+            d_energies = torch.ops.aten._softmax_backward_data(d_attention, attention, -1, attention.dtype)
+            d_x, d_flat = empty_map(x)
+            torch.bmm(mixing.transpose(1, 2), flat_gradient, out=d_flat)
+            torch.baddbmm(d_flat, d_energies + d_energies.transpose(1, 2), flat, out=d_flat)
+        return d_x, d_gamma, None
+
+
+def _channel_residual_buffered(x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
+    need_eager("buffered", x, gamma)
+    dtype = x.dtype
+    x, gamma = upcast(x), gamma.to(upcast(x).dtype)
+    with full_precision(x):
+        if recording(x, gamma):
+            recorded: Tensor = _ChannelResidual.apply(x, gamma, inverted)
+            return recorded.to(dtype)
+        flat = x.flatten(2)
+        out, flat_out = empty_map(x)
+        torch.bmm(_mixing(flat, gamma, inverted)[1], flat, out=flat_out)
+        return out.to(dtype)
+
+
+def _channel_residual(x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
+    if eager(x, gamma) and precise(x, gamma):
+        return _channel_residual_buffered(x, gamma, inverted)
+    return _channel_residual_plain(x, gamma, inverted)
+
+
+_CHANNEL = {
+    "auto": _channel_residual,
+    "reference": _channel_residual_reference,
+    "plain": _channel_residual_plain,
+    "buffered": _channel_residual_buffered,
+}
+CHANNEL_IMPLEMENTATIONS = tuple(_CHANNEL)
+
+
+def channel_residual(x: Tensor, gamma: Tensor, *, inverted: bool = True, impl: str = "auto") -> Tensor:
+    """DANet's channel attention: `gamma * channel_attention(x) + x`, which is `(gamma A + I) X`.
+
+    Args:
+        x: (B, C, H, W).
+        gamma: One number.
+        inverted: As for `channel_attention`.
+        impl: "auto"; "reference"; "plain", in ordinary operations; "buffered", gamma and the residual made part of the
+            small matrix, not for compilers.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: Unknown `impl`.
+
+    Example:
+        >>> channel_residual(torch.randn(2, 6, 3, 5), torch.ones(1)).shape
+        torch.Size([2, 6, 3, 5])
+    """
+    return choose("channel_residual", impl, _CHANNEL)(x, gamma, inverted)

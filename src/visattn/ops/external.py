@@ -6,12 +6,47 @@ Authors' code: https://github.com/MenghaoGuo/EANet at 59c03cb0a286d3a29a797f8ea0
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visattn.ops._shared import choose, full_precision, upcast
+from visattn.errors import check
+from visattn.ops._shared import (
+    choose,
+    differentiate_again,
+    eager,
+    empty_map,
+    full_precision,
+    need_eager,
+    precise,
+    recording,
+    upcast,
+)
 
-__all__ = ["double_normalize", "external_attention", "external_attention_2d"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "BatchNorm",
+    "double_normalize",
+    "external_attention",
+    "external_attention_2d",
+    "external_residual_2d",
+]
+
+
+class BatchNorm(NamedTuple):
+    """What `torch.nn.functional.batch_norm` takes, for a norm with weight, bias and running statistics."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    training: bool
+    momentum: float = 0.1
+    eps: float = 1e-5
 
 
 def _double_normalize_reference(logits: Tensor, eps: float) -> Tensor:
@@ -128,6 +163,9 @@ def _external_2d(
     return F.conv2d(attention, out_of_slots[:, :, None, None])
 
 
+_EXTERNAL_2D = {"auto": _external_2d, "reference": _external_2d_reference, "plain": _external_2d}
+
+
 def external_attention_2d(
     x: Tensor,
     query_weight: Tensor,
@@ -149,7 +187,7 @@ def external_attention_2d(
         value_memory: (C, S), `Mv`.
         out_weight: (C, C, 1, 1), `W2`.
         eps: See `double_normalize`.
-        impl: "auto" (small matrices multiplied first) or "reference".
+        impl: "auto" and "plain" (small matrices multiplied first) or "reference".
 
     Returns:
         (B, C, H, W). Products of the small matrices and the normalisation stay in float32 under autocast.
@@ -163,5 +201,234 @@ def external_attention_2d(
         >>> external_attention_2d(x, w, torch.zeros(6), torch.randn(4, 6), torch.randn(6, 4), w).shape
         torch.Size([2, 6, 3, 5])
     """
-    function = choose("external_attention_2d", impl, {"auto": _external_2d, "reference": _external_2d_reference})
+    function = choose("external_attention_2d", impl, _EXTERNAL_2D)
     return function(x, query_weight, query_bias, key_memory, value_memory, out_weight, eps)
+
+
+def _residual_reference(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
+    norm: BatchNorm,
+    eps: float,
+    attend: Callable[..., Tensor] = _external_2d_reference,
+) -> Tensor:
+    mapped = attend(x, *weights, eps)
+    normed = F.batch_norm(
+        mapped, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps
+    )
+    return F.relu(x + normed)
+
+
+def _into_slots(query_weight: Tensor, query_bias: Tensor | None, key_memory: Tensor) -> Tensor:
+    """`Mk W1`, with a zero that `b1` gets its gradient from: the softmax over positions removes the bias."""
+    into_slots = key_memory @ query_weight.flatten(1)
+    if query_bias is not None and recording(query_bias):
+        into_slots = into_slots + 0.0 * (key_memory @ query_bias)[:, None]
+    return into_slots
+
+
+def _attend(x: Tensor, into_slots: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The attention (B, S, N) and, for its gradient, what each position was divided by (B, 1, N)."""
+    logits = torch.matmul(into_slots, x)
+    attention = torch.softmax(logits, -1, out=logits)
+    total = attention.sum(dim=-2, keepdim=True).add_(eps)
+    return attention.div_(total), total
+
+
+def _residual_eval(x: Tensor, into_slots: Tensor, out_of_slots: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """`relu(x + shift + V A)`, the map written once."""
+    out, flat_out = empty_map(x)
+    attention, _ = _attend(x.flatten(2), into_slots, eps)
+    torch.add(x.flatten(2), shift[:, None], out=flat_out)
+    torch.baddbmm(flat_out, out_of_slots.expand(x.shape[0], -1, -1), attention, out=flat_out)
+    return out.relu_()
+
+
+def _scaled(out_of_slots: Tensor, covariance: Tensor, weight: Tensor, norm_eps: float) -> Tensor:
+    """`W2 Mv` times what a batch norm multiplies each channel with: its variance is `v Cov(A) v^T`."""
+    variance = ((out_of_slots @ covariance) * out_of_slots).sum(dim=1)
+    return out_of_slots * (weight * (variance + norm_eps).rsqrt())[:, None]
+
+
+class _ResidualTrain(torch.autograd.Function):
+    """EANet's block in training: two products on the map forward, four backward, the map written once.
+
+    The batch norm needs of its input `V A` no more than mean and variance, which follow from mean and covariance of
+    the S rows of A. A is centred before the covariance is taken: near-uniform attention varies by far less than its
+    mean, and a difference of second moments would lose that.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        into_slots: Tensor,
+        out_of_slots: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        norm_eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        flat = x.flatten(2)
+        attention, total = _attend(flat, into_slots, eps)
+        mean = attention.mean(dim=(0, 2))
+        centred = attention - mean[:, None]
+        count = flat.shape[0] * flat.shape[2]
+        covariance = torch.bmm(centred, centred.transpose(1, 2)).sum(dim=0).div_(count)
+        values = _scaled(out_of_slots, covariance, weight, norm_eps)
+        out, flat_out = empty_map(x)
+        torch.add(flat, bias[:, None], out=flat_out)
+        torch.baddbmm(flat_out, values.expand(flat.shape[0], -1, -1), centred, out=flat_out)
+        out.relu_()
+        variance = ((out_of_slots @ covariance) * out_of_slots).sum(dim=1)
+        ctx.save_for_backward(
+            x, into_slots, out_of_slots, weight, bias, out, attention, total, centred, covariance, values
+        )
+        ctx.eps, ctx.norm_eps = eps, norm_eps
+        means = out_of_slots @ mean
+        ctx.mark_non_differentiable(means, variance)
+        return out, means, variance
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
+        x, into_slots, out_of_slots, weight, bias, out, attention, total, centred, covariance, values = (
+            ctx.saved_tensors
+        )
+        if torch.is_grad_enabled():
+            again = differentiate_again(
+                partial(_train_plain, ctx.eps, ctx.norm_eps),
+                (x, into_slots, out_of_slots, weight, bias),
+                ctx.needs_input_grad[:5],
+                gradient,
+            )
+            return (*again, None, None)
+        with full_precision(x):
+            flat = x.flatten(2)
+            batch, count = flat.shape[0], flat.shape[0] * flat.shape[2]
+            d_x, d_flat = empty_map(x)
+            torch.ops.aten.threshold_backward.grad_input(gradient, out, 0, grad_input=d_x)
+            d_bias = d_flat.sum(dim=(0, 2))
+            d_values = torch.bmm(d_flat, centred.transpose(1, 2)).sum(dim=0)
+            with torch.enable_grad():  # through the matrices of C x S and S x S alone
+                small = [tensor.detach().requires_grad_() for tensor in (out_of_slots, covariance, weight)]
+                scaled = _scaled(small[0], small[1], small[2], ctx.norm_eps)
+                d_out_of_slots, d_covariance, d_weight = torch.autograd.grad(scaled, small, d_values)
+            d_attention = torch.matmul(values.t(), d_flat)
+            pull = ((d_covariance + d_covariance.t()) / count).expand(batch, -1, -1)
+            torch.baddbmm(d_attention, pull, centred, out=d_attention)
+            d_attention.sub_(d_attention.mean(dim=(0, 2))[:, None])
+            # A = P / total with P the softmax over positions and total = eps + sum_S P
+            d_attention.sub_((d_attention * attention).sum(dim=1, keepdim=True)).div_(total)
+            softmax = attention * total
+            d_logits = torch.ops.aten._softmax_backward_data.out(
+                d_attention, softmax, -1, softmax.dtype, grad_input=d_attention
+            )
+            d_into_slots = torch.bmm(d_logits, flat.transpose(1, 2)).sum(dim=0)
+            torch.baddbmm(d_flat, into_slots.t().expand(batch, -1, -1), d_logits, out=d_flat)
+        return d_x, d_into_slots, d_out_of_slots, d_weight, d_bias, None, None
+
+
+def _train_plain(
+    eps: float, norm_eps: float, x: Tensor, into_slots: Tensor, out_of_slots: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    logits = torch.matmul(into_slots, x.flatten(2))
+    mapped = torch.matmul(out_of_slots, _double_normalize_reference(logits, eps)).view(x.shape)
+    return F.relu(x + F.batch_norm(mapped, None, None, weight, bias, True, 0.0, norm_eps))
+
+
+def _residual_plain(
+    x: Tensor, weights: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor], norm: BatchNorm, eps: float
+) -> Tensor:
+    return _residual_reference(x, weights, norm, eps, _external_2d)
+
+
+def _residual_buffered(
+    x: Tensor, weights: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor], norm: BatchNorm, eps: float
+) -> Tensor:
+    need_eager("buffered", x, *weights, *norm[:4])
+    check(eps > 0, "impl='buffered'", "without eps a slot may have no weight at all", eps=eps)
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    if norm.training and count == 1:
+        return _residual_plain(x, weights, norm, eps)  # torch's batch norm raises
+    dtype = x.dtype
+    with full_precision(x):
+        x = upcast(x)
+        query_weight, key_memory, value_memory, out_weight, weight, bias = (
+            tensor.to(x.dtype) for tensor in (weights[0], *weights[2:], norm.weight, norm.bias)
+        )
+        query_bias = None if weights[1] is None else weights[1].to(x.dtype)
+        into_slots = _into_slots(query_weight, query_bias, key_memory)
+        if norm.training:
+            out_of_slots = out_weight.flatten(1) @ value_memory
+            out, mean, variance = _ResidualTrain.apply(x, into_slots, out_of_slots, weight, bias, eps, norm.eps)
+            with torch.no_grad():
+                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+                norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+            return cast(Tensor, out).to(dtype)
+        scale = weight * (norm.running_var.to(x.dtype) + norm.eps).rsqrt()
+        out_of_slots = (out_weight.flatten(1) * scale[:, None]) @ value_memory
+        shift = bias - norm.running_mean.to(x.dtype) * scale
+        if not recording(x, into_slots, out_of_slots, shift):
+            return _residual_eval(x, into_slots, out_of_slots, shift, eps).to(dtype)
+        attention = _double_normalize(torch.matmul(into_slots, x.flatten(2)), eps)
+        return F.relu(x + shift[:, None, None] + torch.matmul(out_of_slots, attention).view(x.shape)).to(dtype)
+
+
+def _residual(
+    x: Tensor, weights: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor], norm: BatchNorm, eps: float
+) -> Tensor:
+    given = [tensor for tensor in (x, *weights, *norm[:4]) if tensor is not None]
+    if eps > 0 and eager(*given) and precise(*given):
+        return _residual_buffered(x, weights, norm, eps)
+    return _residual_plain(x, weights, norm, eps)
+
+
+_RESIDUAL = {
+    "auto": _residual,
+    "reference": _residual_reference,
+    "plain": _residual_plain,
+    "buffered": _residual_buffered,
+}
+IMPLEMENTATIONS = tuple(_RESIDUAL)
+
+
+def external_residual_2d(
+    x: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor | None,
+    key_memory: Tensor,
+    value_memory: Tensor,
+    out_weight: Tensor,
+    norm: BatchNorm,
+    *,
+    eps: float = 1e-9,
+    impl: str = "auto",
+) -> Tensor:
+    """EANet's block: `relu(x + BN(W2 Mv double_normalize(Mk (W1 x + b1))))`.
+
+    Args:
+        x: (B, C, H, W).
+        query_weight: (C, C, 1, 1), `W1`.
+        query_bias: (C,) or None, `b1`; its gradient is zero, as the softmax over positions removes it.
+        key_memory: (S, C), `Mk`.
+        value_memory: (C, S), `Mv`.
+        out_weight: (C, C, 1, 1), `W2`.
+        norm: The batch norm's tensors and numbers; its running statistics are updated in training.
+        eps: See `double_normalize`.
+        impl: "auto"; "reference"; "plain", the small matrices multiplied first; "buffered", the batch norm made part of
+            them too and the map written once, not for compilers.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: Unknown `impl`.
+
+    Example:
+        >>> w, ones, zeros = torch.randn(6, 6, 1, 1), torch.ones(6), torch.zeros(6)
+        >>> norm = BatchNorm(ones, zeros, zeros, ones, training=False)
+        >>> external_residual_2d(torch.randn(2, 6, 3, 5), w, zeros, w[:4, :, 0, 0], w[:, :4, 0, 0], w, norm).shape
+        torch.Size([2, 6, 3, 5])
+    """
+    function = choose("external_residual_2d", impl, _RESIDUAL)
+    return function(x, (query_weight, query_bias, key_memory, value_memory, out_weight), norm, eps)

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visattn.errors import check
-from visattn.ops._shared import choose, full_precision, small_matrix, upcast
+from visattn.ops._attention import attend_in_pieces, small_enough_to_keep
+from visattn.ops._shared import choose, eager, full_precision, precise, upcast
 
-__all__ = ["multihead_attention", "multihead_weights"]
+__all__ = ["IMPLEMENTATIONS", "multihead_attention", "multihead_weights"]
 
 
 def multihead_weights(
@@ -59,38 +60,75 @@ def _reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    attention_weights: Tensor | None,
-    scale: float | None,
-    dropout_p: float,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    scale: float,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    attention = multihead_weights(
-        query, key, attention_mask=attention_mask, attention_weights=attention_weights, scale=scale
-    )
+    attention = multihead_weights(query, key, attention_mask=mask, attention_weights=weights, scale=scale)
     if dropout_p > 0:
         attention = F.dropout(attention, dropout_p)
     return attention @ value
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    check(weights is None, "multihead_attention", "impl='fused' knows no attention_weights", attention_weights="given")
+    if mask is None:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
+    # What a fused kernel gives for a row without keys depends on the kernel: let it attend everywhere, then zero it.
+    empty = mask.all(dim=-1, keepdim=True)
+    keep = ~mask | empty  # torch's mask has the opposite meaning
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout_p, scale=scale)
+    return out.masked_fill(empty, 0.0)
+
+
+def _pieces(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    check(dropout_p == 0, "multihead_attention", "impl='pieces' knows no dropout", dropout_p=dropout_p)
+    out = attend_in_pieces(query, key, value, _reference, scale=scale, weights=weights, mask=mask)
+    return out.to(value.dtype)
 
 
 def _auto(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    attention_weights: Tensor | None,
-    scale: float | None,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    scale: float,
     dropout_p: float,
 ) -> Tensor:
-    # torch's fused kernels know additive terms only
-    if attention_weights is not None or small_matrix(query, key):
-        return _reference(query, key, value, attention_mask, attention_weights, scale, dropout_p)
-    if attention_mask is None:
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
-    # What a fused kernel gives for a row without keys depends on the kernel: let it attend everywhere, then zero it.
-    empty = attention_mask.all(dim=-1, keepdim=True)
-    keep = ~attention_mask | empty  # torch's mask has the opposite meaning
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout_p, scale=scale)
-    return out.masked_fill(empty, 0.0)
+    if weights is not None and (dropout_p > 0 or not eager(query, key, value, weights, mask)):
+        return _reference(query, key, value, mask, weights, scale, dropout_p)
+    # torch's fused kernels know no weights, and in float32 their gradients lose digits where the softmax saturates:
+    # theirs are the matrices too large to be kept, and the 16-bit types.
+    if weights is not None or (
+        dropout_p == 0
+        and eager(query, key, value, mask)
+        and precise(query, key, value)
+        and small_enough_to_keep(query, key)
+    ):
+        return _pieces(query, key, value, mask, weights, scale, dropout_p)
+    return _fused(query, key, value, mask, weights, scale, dropout_p)
+
+
+_MULTIHEAD = {"auto": _auto, "reference": _reference, "fused": _fused, "pieces": _pieces}
+IMPLEMENTATIONS = tuple(_MULTIHEAD)
 
 
 def multihead_attention(
@@ -117,13 +155,14 @@ def multihead_attention(
         attention_weights: Broadcastable to (B, heads, Nq, Nk); multiplies the scores before the mask.
         scale: Default `1 / sqrt(D)`.
         dropout_p: Share of attention entries dropped.
-        impl: "auto" (torch's fused attention where it applies) or "reference".
+        impl: "auto"; "reference"; "fused", torch's kernels, without weights; "pieces", a part of the matrix at a
+            time, without dropout, not for compilers.
 
     Returns:
         (B, heads, Nq, E). Softmax of 16-bit inputs runs in float32.
 
     Raises:
-        ValueError: Unknown `impl`, or a mask that is not boolean.
+        ValueError: Unknown `impl` or one that cannot serve the arguments, or a mask that is not boolean.
 
     Example:
         >>> q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 6)
@@ -137,7 +176,9 @@ def multihead_attention(
             "attention_mask must be boolean, True where a key is not to be attended to",
             dtype=attention_mask.dtype,
         )
-        if attention_mask.ndim < 2:  # the fused kernels want both axes
-            attention_mask = attention_mask.expand(query.shape[-2], key.shape[-2])
-    function = choose("multihead_attention", impl, {"auto": _auto, "reference": _reference})
+        attention_mask = attention_mask[(None,) * (4 - attention_mask.ndim)]
+    if attention_weights is not None:
+        attention_weights = attention_weights[(None,) * (4 - attention_weights.ndim)]
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    function = choose("multihead_attention", impl, _MULTIHEAD)
     return function(query, key, value, attention_mask, attention_weights, scale, dropout_p)

@@ -28,11 +28,14 @@ def _descriptor_reference(features: Sequence[Tensor]) -> Tensor:
 
 
 def _descriptor(features: Sequence[Tensor]) -> Tensor:
-    # The mean of the sum is the sum of the means: the K-fold stack and its sum are never written.
-    descriptor = features[0].mean(dim=(2, 3))
+    # The mean of the sum is the sum of the means: the K-fold stack and its sum are never written. Sums, divided in the
+    # end, as the gradient of a mean is divided map by map.
+    positions = features[0].shape[2] * features[0].shape[3]
+    dtype = torch.promote_types(features[0].dtype, torch.float32)  # a sum over a map overflows float16
+    descriptor = features[0].sum(dim=(2, 3), dtype=dtype)
     for feature in features[1:]:
-        descriptor = descriptor + feature.mean(dim=(2, 3))
-    return descriptor
+        descriptor = descriptor + feature.sum(dim=(2, 3), dtype=dtype)
+    return (descriptor / positions).to(features[0].dtype)
 
 
 def branch_descriptor(features: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
@@ -62,20 +65,24 @@ def _select_reference(features: Sequence[Tensor], logits: Tensor) -> Tensor:
     return (stacked * weights[..., None, None]).sum(dim=1)
 
 
-def _select(features: Sequence[Tensor], logits: Tensor) -> Tensor:
+def _select(features: Sequence[Tensor], logits: Tensor, overwrite: bool) -> Tensor:
     weights = branch_weights(logits).to(features[0].dtype)[..., None, None]
-    out = features[0] * weights[:, 0]
-    for index, feature in enumerate(features[1:], start=1):
-        out = torch.addcmul(out, feature, weights[:, index])
+    first, *others = features
+    if len(others) == 1:  # the two weights add up to one
+        return first.lerp_(others[0], weights[:, 1]) if overwrite else torch.lerp(first, others[0], weights[:, 1])
+    out = first.mul_(weights[:, 0]) if overwrite else first * weights[:, 0]
+    for index, feature in enumerate(others, start=1):
+        out = out.addcmul_(feature, weights[:, index]) if overwrite else torch.addcmul(out, feature, weights[:, index])
     return out
 
 
-def branch_select(features: Sequence[Tensor], logits: Tensor, *, impl: str = "auto") -> Tensor:
+def branch_select(features: Sequence[Tensor], logits: Tensor, *, overwrite: bool = False, impl: str = "auto") -> Tensor:
     """`sum_k softmax_k(logits)_k F_k`, the weights one per sample, branch and channel.
 
     Args:
         features: K maps (B, C, H, W).
         logits: (B, K, C); their softmax runs in float32.
+        overwrite: The first map may be written to, which "auto" then does. Not for maps that autograd needs.
         impl: "auto" or "reference".
 
     Returns:
@@ -88,4 +95,6 @@ def branch_select(features: Sequence[Tensor], logits: Tensor, *, impl: str = "au
         >>> branch_select([torch.randn(2, 6, 3, 5), torch.randn(2, 6, 3, 5)], torch.randn(2, 2, 6)).shape
         torch.Size([2, 6, 3, 5])
     """
-    return choose("branch_select", impl, {"auto": _select, "reference": _select_reference})(features, logits)
+    if choose("branch_select", impl, {"auto": _select, "reference": _select_reference}) is _select:
+        return _select(features, logits, overwrite)
+    return _select_reference(features, logits)

@@ -16,13 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 import visattn
-from visattn import registry
+from visattn import blocks, registry
 from visattn.devices import find_device
 from visattn.errors import UserError, did_you_mean
 from visattn.profile import device_name
 from visattn.testing.tolerance import FLOAT64_TOLERANCE, NEIGHBOURS
 from visattn.verify.cases import SHIPPED, Case, load_cases
-from visattn.verify.check import GROUPS, Result, check_case, group_of, precise_matmul, skip_reason
+from visattn.verify.check import GROUPS, Result, check_case, group_of, implementations, precise_matmul, skip_reason
 from visattn.writing import writable, write_text
 
 __all__ = ["verify"]
@@ -35,6 +35,7 @@ def verify(
     *,
     device: str = "cpu",
     dtype: str = "float64",
+    impl: str = "auto",
     json_file: Path | None = None,
     cases: Path | None = None,
     debug: bool = False,
@@ -46,6 +47,7 @@ def verify(
         names: Mechanisms, aliases or cases; all if empty.
         device: Where to run, such as "cpu" or "cuda".
         dtype: "float64", "float32", "bfloat16" or "float16".
+        impl: Implementation to check, or "all"; a case whose block has no such one is skipped.
         json_file: Also write the results there, whole or not at all.
         cases: Folder of recorded cases; the shipped ones by default.
         debug: Let an exception in a block through.
@@ -59,6 +61,9 @@ def verify(
     """
     if dtype not in _DTYPES:
         raise UserError(f"unknown dtype {dtype!r}. Choose from {', '.join(_DTYPES)}")
+    known = sorted({name for block in vars(blocks).values() for name in getattr(block, "impls", ())})
+    if impl not in ("all", *known):
+        raise UserError(f"unknown implementation {impl!r}. Choose from all, {', '.join(known)}")
     place = find_device(device, "verify")
     if json_file is not None:
         json_file = writable(json_file)
@@ -71,10 +76,13 @@ def verify(
             if reason is not None:
                 results.append(Result(case, "skipped", [reason]))
                 continue
-            results.append(check_case(case, device=place, dtype=_DTYPES[dtype], debug=debug))
+            if impl != "all" and impl not in implementations(case):
+                results.append(Result(case, "skipped", [f"its block has no implementation {impl!r}"]))
+                continue
+            results.append(check_case(case, device=place, dtype=_DTYPES[dtype], impl=impl, debug=debug))
     _print(console, results, device, dtype)
     if json_file is not None:
-        write_text(json_file, json.dumps(_as_json(results, place, dtype), indent=2, allow_nan=False) + "\n")
+        write_text(json_file, json.dumps(_as_json(results, place, dtype, impl), indent=2, allow_nan=False) + "\n")
     return any(r.verdict == "passed" for r in results) and not any(r.verdict == "failed" for r in results)
 
 
@@ -153,7 +161,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}"
 
 
-def _as_json(results: list[Result], device: torch.device, dtype: str) -> dict[str, Any]:
+def _as_json(results: list[Result], device: torch.device, dtype: str, impl: str) -> dict[str, Any]:
     """Everything that was measured; a number that is not finite becomes null."""
 
     def finite(errors: dict[str, float]) -> dict[str, float | None]:
@@ -172,6 +180,7 @@ def _as_json(results: list[Result], device: torch.device, dtype: str) -> dict[st
         "device": str(device),
         "hardware": hardware,
         "dtype": dtype,
+        "impl": impl,
         "tolerance": {
             "float64": FLOAT64_TOLERANCE,
             "lower": "twice what the reference implementation loses in that dtype, plus one rounding step; "

@@ -1,0 +1,210 @@
+"""Softmax attention in pieces: a few rows of the matrix exist at a time, in a buffer that stays in the cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visattn.ops._shared import differentiate_again, full_precision, need_eager, recording, upcast
+
+__all__ = ["attend_in_pieces", "small_enough_to_keep"]
+
+# Entries of the attention matrix at hand at one time: 8 MB of float32, about what a core's share of the cache holds. A
+# GPU wants more work at a time. Up to KEPT entries the matrix of a training step is kept for the backward pass; larger
+# ones are computed again there.
+PIECE = {"cpu": 2**21, "cuda": 2**26}
+KEPT = {"cpu": 2**23, "cuda": 2**26}
+
+
+def small_enough_to_keep(query: Tensor, key: Tensor) -> bool:
+    """Whether the attention matrix of a training step is kept for the backward pass."""
+    return math.prod(query.shape[:3]) * key.shape[2] <= KEPT.get(query.device.type, KEPT["cpu"])
+
+
+def _piece_shape(query: Tensor, key: Tensor) -> tuple[int, int]:
+    """How many heads and rows of the matrix are at hand at one time: some heads whole, or some rows of one."""
+    entries = PIECE.get(query.device.type, PIECE["cpu"])
+    rows = max(1, min(query.shape[2], entries // key.shape[2]))
+    return max(1, min(query.shape[1], entries // (rows * key.shape[2]))), rows
+
+
+def _pieces(query: Tensor, key: Tensor) -> Iterator[tuple[int, slice, slice]]:
+    """Sample, heads, rows of each piece."""
+    some_heads, some_rows = _piece_shape(query, key)
+    for sample in range(query.shape[0]):
+        for head in range(0, query.shape[1], some_heads):
+            for row in range(0, query.shape[2], some_rows):
+                yield sample, slice(head, head + some_heads), slice(row, row + some_rows)
+
+
+def _buffer(query: Tensor, key: Tensor) -> Tensor:
+    """Memory for a piece, used again for the next one."""
+    return query.new_empty(math.prod(_piece_shape(query, key)) * key.shape[2])
+
+
+def _piece(buffer: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The part of a buffer that the scores (heads, Nq, Nk) of these queries and keys take."""
+    shape = (*query.shape[:2], key.shape[1])
+    return buffer[: math.prod(shape)].view(shape)
+
+
+def _part(x: Tensor, sample: int, heads: slice, rows: slice) -> Tensor:
+    """A piece of something that broadcasts to (B, heads, Nq, Nk)."""
+    return x[
+        sample if x.shape[0] > 1 else 0,
+        heads if x.shape[1] > 1 else slice(None),
+        rows if x.shape[2] > 1 else slice(None),
+    ]
+
+
+def _weights(
+    out: Tensor, query: Tensor, key: Tensor, scale: float, weights: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """Write the softmax of a piece's scores into `out`, (heads, Nq, Nk); rows without a key are zero."""
+    torch.baddbmm(out, query, key.transpose(1, 2), beta=0, alpha=scale, out=out)
+    if weights is not None:
+        out.mul_(weights)
+    if mask is not None:
+        out.masked_fill_(mask, -math.inf)
+    torch.softmax(out, -1, out=out)
+    if mask is not None:
+        out.masked_fill_(mask.all(dim=-1, keepdim=True), 0.0)
+    return out
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    kept: Tensor | None = None,
+) -> Tensor:
+    batch, heads, rows = query.shape[:3]
+    if rows == value.shape[2]:
+        out = torch.empty_like(value)  # the layout of the values too: heads that are a view of tokens or of a map
+    else:
+        out = query.new_empty(batch, rows, heads, value.shape[3]).transpose(1, 2)
+    buffer = _buffer(query, key) if kept is None else query.new_empty(0)
+    for sample, some, part in _pieces(query, key):
+        q, k = query[sample, some, part], key[sample, some]
+        attention = _piece(buffer, q, k) if kept is None else kept[sample, some, part]
+        _weights(
+            attention,
+            q,
+            k,
+            scale,
+            None if weights is None else _part(weights, sample, some, part),
+            None if mask is None else _part(mask, sample, some, part),
+        )
+        torch.bmm(attention, value[sample, some], out=out[sample, some, part])
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    """Attention whose backward pass goes piece by piece too, in the arithmetic of torch's own softmax and products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weights: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
+        plain: Any,
+    ) -> Tensor:
+        keep = small_enough_to_keep(query, key)
+        kept = query.new_empty(*query.shape[:3], key.shape[2]) if keep else None
+        out = _forward(query, key, value, weights, mask, scale, kept)
+        ctx.save_for_backward(query, key, value, weights, mask, kept)
+        ctx.scale, ctx.plain = scale, plain
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        with full_precision(gradient):
+            return _Attention._backward(ctx, gradient)
+
+    @staticmethod
+    def _backward(ctx: Any, gradient: Tensor) -> Any:
+        query, key, value, weights, mask, kept = ctx.saved_tensors
+        scale, needed = ctx.scale, ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            again = differentiate_again(
+                lambda q, k, v, w: ctx.plain(q, k, v, mask, w, scale),
+                (query, key, value, weights),
+                needed[:4],
+                gradient,
+            )
+            return (*again, None, None, None)
+        d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))  # heads stay views of tokens
+        d_weights = torch.zeros_like(weights) if weights is not None and needed[3] else None
+        buffer = _buffer(query, key)
+        recomputed = _buffer(query, key) if kept is None else buffer
+        for sample, some, part in _pieces(query, key):
+            q, k, v, g = query[sample, some, part], key[sample, some], value[sample, some], gradient[sample, some, part]
+            factor = None if weights is None else _part(weights, sample, some, part)
+            gone = None if mask is None else _part(mask, sample, some, part)
+            if kept is None:
+                attention = _weights(_piece(recomputed, q, k), q, k, scale, factor, gone)
+            else:
+                attention = kept[sample, some, part]
+            d_v, d_k, d_q = d_value[sample, some], d_key[sample, some], d_query[sample, some, part]
+            beta = 0 if part.start == 0 else 1  # the first rows of a head write what the others add to
+            torch.baddbmm(d_v, attention.transpose(1, 2), g, beta=beta, out=d_v)
+            d_scores = torch.bmm(g, v.transpose(1, 2), out=_piece(buffer, q, k))
+            # A row without keys is zero here, so its gradient is, too.
+            torch.ops.aten._softmax_backward_data.out(d_scores, attention, -1, attention.dtype, grad_input=d_scores)
+            if factor is not None:
+                if d_weights is not None:
+                    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale).mul_(d_scores)
+                    into = _part(d_weights, sample, some, part)
+                    into += scores.sum_to_size(into.shape)
+                d_scores.mul_(factor)
+            torch.baddbmm(d_q, d_scores, k, beta=0, alpha=scale, out=d_q)
+            torch.baddbmm(d_k, d_scores.transpose(1, 2), q, beta=beta, alpha=scale, out=d_k)
+        return d_query, d_key, d_value, d_weights, None, None, None
+
+
+def attend_in_pieces(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plain: Any,
+    *,
+    scale: float = 1.0,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`softmax(mask(weights * scale * q k^T)) v` with a small part of the matrix in memory, in float32 or float64.
+
+    Args:
+        query: (B, heads, Nq, D).
+        key: (B, heads, Nk, D).
+        value: (B, heads, Nk, E).
+        plain: The same in plain operations, called (query, key, value, mask, weights, scale), for second derivatives.
+        scale: Of the scores.
+        weights: Multiplies the scores; broadcasts to (B, heads, Nq, Nk).
+        mask: Boolean, as `weights`; True means "do not attend".
+
+    Returns:
+        (B, heads, Nq, E), float32 for 16-bit inputs; laid out as the values, or as (B, Nq, heads, E).
+
+    Raises:
+        ValueError: Where only plain operations will do, as under a compiler.
+    """
+    need_eager("pieces", query, key, value, weights, mask)
+    with full_precision(query):
+        query, key, value = upcast(query), upcast(key), upcast(value)
+        weights = None if weights is None else weights.to(query.dtype)
+        if recording(query, key, value, weights):
+            out: Tensor = _Attention.apply(query, key, value, weights, mask, scale, plain)
+            return out
+        return _forward(query, key, value, weights, mask, scale)
