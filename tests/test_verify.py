@@ -132,9 +132,8 @@ def swapped_branches(features, gates, *_):
     return torch.cat([feature * weights[:, i] for i, feature in enumerate(features)], dim=1)
 
 
-def not_inverted(flat, gamma, inverted):
-    attention = (flat @ flat.transpose(1, 2)).softmax(dim=-1)
-    return attention, gamma * attention + torch.eye(flat.shape[1], dtype=flat.dtype)
+def not_inverted(flat, inverted):
+    return (flat @ flat.transpose(1, 2)).softmax(dim=-1)
 
 
 def over_keys_axis(query, key, value, *_):
@@ -150,7 +149,7 @@ BROKEN = {
     "swapped branch order": (pyramid_squeeze, ("_auto", "_reference"), swapped_branches, "pyramid_squeeze"),
     "swapped branch order, one implementation": (pyramid_squeeze, ("_auto",), swapped_branches, "pyramid_squeeze"),
     "swapped branch order, the reference": (pyramid_squeeze, ("_reference",), swapped_branches, "pyramid_squeeze"),
-    "channel attention not inverted": (dual, ("_mixing",), not_inverted, "cam_a"),
+    "channel attention not inverted": (dual, ("_weights_of",), not_inverted, "cam_a"),
     "softmax over queries": (multihead._MULTIHEAD, ("auto", "reference"), over_keys_axis, "mha_self"),
     "branches not weighed": (selective_kernel, ("_select", "_select_reference"), unweighted, "selective_kernel"),
 }

@@ -15,7 +15,6 @@ from visattn.testing.tolerance import FLOAT64_TOLERANCE, NEIGHBOURS, budget_used
 __all__ = ["Gate", "Verdict"]
 
 HOPELESS = 10.0  # so many times the budget is not bad luck, and no neighbouring input is tried
-NOISE = 10.0  # so many times the budget is allowed where the reference gives nothing but noise
 
 Arrays = dict[str, Tensor]
 
@@ -40,9 +39,9 @@ class Gate:
 
     The exact results are those of the reference in float64 from the same numbers. In float64 a contender keeps to one
     part in 10^10; below, it may lose twice what the reference loses there, plus one rounding step, and where a single
-    run exceeds that, on average over neighbouring inputs (see `visattn.testing.tolerance`). Where the reference itself
-    has no digit right, as in the gradient of a bias that a softmax or a norm cancels, what is left is noise: a
-    contender may have ten times as much.
+    run exceeds that, on average over neighbouring inputs (see `visattn.testing.tolerance`). Where the exact result is
+    zero by an identity, as is the gradient of a bias that a softmax or a norm cancels, terms cancel whose rounding step
+    is that of the largest result.
 
     Args:
         task: The task.
@@ -84,9 +83,11 @@ class Gate:
 
     def _used(self, name: str, runs: Sequence[tuple[Arrays, Arrays, Arrays]]) -> float:
         """The share of the budget that an array uses over some runs."""
-        noise = deviation(self._low[name], self._exact[name]) >= deviation(self._exact[name] * 0, self._exact[name]) > 0
-        used = budget_used([(a[name], b[name], c[name]) for a, b, c in runs], self.task.dtype)
-        return used / NOISE if noise else used
+        largest = max(float(exact.abs().max()) for exact in self._exact.values())
+        if float(self._exact[name].abs().max()) < 1e-12 * largest:
+            step = torch.finfo(self.task.dtype).eps * largest
+            return max(deviation(a[name], c[name]) / (2 * deviation(b[name], c[name]) + step) for a, b, c in runs)
+        return budget_used([(a[name], b[name], c[name]) for a, b, c in runs], self.task.dtype)
 
     def _neighbours(self, contender: Contender) -> Iterator[tuple[Arrays, Arrays, Arrays]]:
         """What contender, reference and exact computation give for inputs a rounding step away."""

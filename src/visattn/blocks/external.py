@@ -305,7 +305,7 @@ class ExternalAttention2d(Block):
             self._value_memory(),
             cast(Tensor, self.conv2[0].weight),
         )
-        norm = batch_norm_tensors(self.conv2[1])
+        norm = None if self.impl == "reference" else batch_norm_tensors(self.conv2[1])
         if norm is None:
             mapped = external_attention_2d(x, *weights, eps=self.eps, impl=self.impl)
             return F.relu(x + self.conv2[1](mapped))

@@ -35,9 +35,14 @@ class _Branch(nn.Module):
         self.conv, self.bn, self.act, self.impl = conv, bn, act, impl
 
     def forward(self, x: Tensor, *, alone: bool = False) -> Tensor:
-        """`alone`: nothing is recorded, so the norm may become part of the convolution."""
+        """`alone`: nothing is recorded, so the norm may become part of the convolution, where that is less work."""
         conv = self.conv
-        weight, bias = (conv.weight, conv.bias) if not alone else fold_norm(conv.weight, conv.bias, self.bn)
+        fold = (
+            alone
+            and foldable(self.bn)
+            and conv.weight.numel() * conv.stride[0] ** 2 < x[:, :1].numel() * len(conv.weight)
+        )
+        weight, bias = fold_norm(conv.weight, conv.bias, self.bn) if fold else (conv.weight, conv.bias)
         out = grouped_conv2d(
             x,
             weight,
@@ -48,7 +53,7 @@ class _Branch(nn.Module):
             groups=conv.groups,
             impl=self.impl,
         )
-        if not (alone and foldable(self.bn)):
+        if not fold:
             out = self.bn(out)
         if type(self.act) is nn.ReLU and type(self.bn) is nn.BatchNorm2d and self.impl != "reference":
             return F.relu_(out)  # neither convolution nor norm looks at its output again

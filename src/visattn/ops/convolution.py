@@ -6,21 +6,137 @@ slower than the machine, which these forms avoid.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visattn.ops._shared import choose, eager, recording
+from visattn.ops._shared import choose, differentiate_again, eager, full_precision, precise, recording
 
 __all__ = ["IMPLEMENTATIONS", "grouped_conv2d"]
 
 _LANES = 8  # channels in a group from which the kernels of a CPU work at full width
+_BAND = 800  # positions after which a sum of a weight's gradient is begun anew
 
 
 def _reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int, groups: int
 ) -> Tensor:
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _together(weight: Tensor, groups: int) -> int:
+    """How many groups to put together for kernels to work at full width: a power of two, as in the papers."""
+    together = 1
+    while groups % (2 * together) == 0 and min(weight.shape[1], weight.shape[0] // groups) * together < _LANES:
+        together *= 2
+    return together
+
+
+def _wide(weight: Tensor, groups: int, together: int) -> Tensor:
+    """The weight of `together` groups as one, with zeros between channels of different ones."""
+    outputs, width = weight.shape[0] // groups, weight.shape[1]
+    parts = weight.view(groups // together, together, outputs, 1, width, *weight.shape[2:])
+    apart = torch.eye(together, dtype=weight.dtype, device=weight.device)[:, None, :, None, None, None]
+    return (parts * apart).reshape(weight.shape[0], together * width, *weight.shape[2:])
+
+
+def _weight_gradient(
+    gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, groups: int
+) -> Tensor:
+    """The gradient of a weight, summed over some samples or a band of one, and then over these.
+
+    CPU kernels add up all positions of all samples one after the other, which costs a digit of float32.
+    """
+    height, width = gradient.shape[2:]
+    samples = max(1, _BAND // (height * width))
+    rows = height if height * width <= _BAND else max(1, _BAND // width)
+    reach = dilation * (weight.shape[2] - 1) + 1
+    if rows < height:
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        x = F.pad(x, (0, 0, padding, padding))
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+    total = torch.zeros_like(weight)
+    for sample in range(0, x.shape[0], samples):
+        of_samples = slice(sample, sample + samples)
+        for row in range(0, height, rows):
+            seen = slice(row * stride, (min(row + rows, height) - 1) * stride + reach) if rows < height else slice(None)
+            part = torch.ops.aten.convolution_backward(
+                gradient[of_samples, :, row : row + rows],
+                x[of_samples, :, seen],
+                weight,
+                None,
+                [stride, stride],
+                [0 if rows < height else padding, padding],
+                [dilation, dilation],
+                False,
+                [0, 0],
+                groups,
+                [False, True, False],
+            )[1]
+            total += part
+    return total
+
+
+class _Convolution(torch.autograd.Function):
+    """A grouped convolution whose gradients come from the kernels that are fast for them, whatever the forward used."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: int,
+        padding: int,
+        dilation: int,
+        groups: int,
+        form: Any,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias, ctx.numbers = bias is not None, (stride, padding, dilation, groups)
+        out: Tensor = form(x, weight, bias, stride, padding, dilation, groups)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.numbers
+        needed = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            again = differentiate_again(
+                lambda x, weight: F.conv2d(x, weight, None, *ctx.numbers), (x, weight), needed[:2], gradient
+            )
+            return (*again, gradient.sum(dim=(0, 2, 3)) if ctx.bias else None, None, None, None, None, None)
+        d_x = d_weight = None
+        with full_precision(x):
+            merge = weight.shape[2] < 5
+            layout = torch.contiguous_format if merge else torch.channels_last
+            gradient, x = gradient.contiguous(memory_format=layout), x.contiguous(memory_format=layout)
+            together = _together(weight, groups) if merge else 1
+            wide = _wide(weight, groups, together)
+            if needed[0]:
+                d_x = torch.ops.aten.convolution_backward(
+                    gradient,
+                    x,
+                    wide,
+                    None,
+                    [stride, stride],
+                    [padding, padding],
+                    [dilation, dilation],
+                    False,
+                    [0, 0],
+                    groups // together,
+                    [True, False, False],
+                )[0]
+            if needed[1]:
+                d_wide = _weight_gradient(gradient, x, wide, stride, padding, dilation, groups // together)
+                shape = (groups // together, together, -1, together, *weight.shape[1:])
+                blocks = d_wide.view(shape).diagonal(dim1=1, dim2=3)  # of each group with itself
+                d_weight = blocks.movedim(-1, 1).reshape(weight.shape)
+            d_bias = gradient.sum(dim=(0, 2, 3)) if ctx.bias else None
+        return d_x, d_weight, d_bias, None, None, None, None, None
 
 
 def _channels_last(
@@ -33,18 +149,8 @@ def _channels_last(
 def _merged(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int, groups: int
 ) -> Tensor:
-    """Groups put together until they are wide enough, with zeros between what belonged to different ones."""
-    out_channels, width = weight.shape[:2]
-    together = 1
-    while (
-        groups % (2 * together) == 0 and min(width, out_channels // groups) * together < _LANES
-    ):  # powers of two, as in the papers
-        together *= 2
-    merged = groups // together
-    parts = weight.view(merged, together, out_channels // groups, width, *weight.shape[2:])
-    apart = torch.eye(together, dtype=weight.dtype, device=weight.device)[:, None, :, None, None, None]
-    wide = (parts.unsqueeze(3) * apart).reshape(out_channels, together * width, *weight.shape[2:])
-    return F.conv2d(x, wide, bias, stride, padding, dilation, merged)
+    together = _together(weight, groups)
+    return F.conv2d(x, _wide(weight, groups, together), bias, stride, padding, dilation, groups // together)
 
 
 def _depthwise(
@@ -62,20 +168,27 @@ def _depthwise(
     return out if bias is None else out + bias[:, None, None]
 
 
+def _form(x: Tensor, weight: Tensor, stride: int, groups: int) -> Any:
+    """What measured best on CPUs."""
+    size, outputs, width = weight.shape[2], weight.shape[0] // groups, weight.shape[1]
+    if groups == 1 or outputs == width == 1:
+        return _reference
+    if size >= 5:
+        positions = x.shape[2] * x.shape[3]
+        return _depthwise if outputs == stride == 1 and size >= 9 and positions >= 576 else _channels_last
+    return _merged if min(outputs, width) < _LANES else _reference
+
+
 def _auto(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int, groups: int
 ) -> Tensor:
-    size, outputs, width = weight.shape[2], weight.shape[0] // groups, weight.shape[1]
-    form = _reference
-    if groups > 1 and x.device.type == "cpu" and eager(x, weight):
-        if size >= 5:
-            form = _channels_last
-            positions = x.shape[2] * x.shape[3] / stride**2
-            if outputs == 1 and stride == 1 and size >= 9 and positions >= 576 and not recording(x, weight):
-                form = _depthwise
-        elif 1 < min(outputs, width) < _LANES:
-            form = _merged
-    return form(x, weight, bias, stride, padding, dilation, groups)
+    numbers = (stride, padding, dilation, groups)
+    form = _form(x, weight, stride, groups) if x.device.type == "cpu" and eager(x, weight, bias) else _reference
+    narrow = min(weight.shape[0] // groups, weight.shape[1]) < _LANES
+    if form is not _reference and narrow and recording(x, weight, bias) and precise(x, weight):
+        out: Tensor = _Convolution.apply(x, weight, bias, *numbers, form)
+        return out
+    return form(x, weight, bias, *numbers)
 
 
 _CONVOLUTION = {

@@ -137,17 +137,18 @@ def _position_residual_pieces(
     # The rows of the attention matrix sum to one, so the value convolution may come after it: neither the values nor
     # the attended map before gamma and the residual are ever in memory.
     out, flat_out = empty_map(x)
-    keys = F.conv2d(x, *key).flatten(2)
-    queries = F.conv2d(x, *query).flatten(2).transpose(1, 2)
-    weight, bias = gamma * value[0].flatten(1), (gamma * value[1])[:, None]
-    positions = keys.shape[2]
+    query_weight, key_weight, weight = (projection[0].flatten(1) for projection in (query, key, value))
+    weight, bias = gamma * weight, (gamma * value[1])[:, None]
+    positions = flat_out.shape[2]
     rows = min(positions, max(1, PIECE["cpu"] // positions))
     buffer = x.new_empty(rows, positions)
-    for x_map, y_map, q, k in zip(x.flatten(2), flat_out, queries, keys, strict=True):
+    for x_map, y_map in zip(x.flatten(2), flat_out, strict=True):
+        keys = torch.addmm(key[1][:, None], key_weight, x_map)
+        queries = torch.addmm(query[1], x_map.t(), query_weight.t())
         for start in range(0, positions, rows):
             part = slice(start, start + rows)
-            attention = buffer[: q[part].shape[0]]
-            torch.mm(q[part], k, out=attention)
+            attention = buffer[: queries[part].shape[0]]
+            torch.mm(queries[part], keys, out=attention)
             torch.softmax(attention, -1, out=attention)
             y = torch.add(x_map[:, part], bias, out=y_map[:, part])
             torch.addmm(y, weight, x_map @ attention.t(), out=y)
@@ -260,31 +261,34 @@ def _channel_residual_plain(x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
     return gamma * _channel(x, inverted) + x
 
 
-def _mixing(flat: Tensor, gamma: Tensor, inverted: bool) -> tuple[Tensor, Tensor]:
-    """`A` and `gamma A + I`, each (B, C, C)."""
+def _weights_of(flat: Tensor, inverted: bool) -> Tensor:
+    """`A`, (B, C, C)."""
     energies = _gram(flat)
-    attention = torch.softmax(energies.neg_() if inverted else energies, -1, out=energies)
-    mixing = gamma * attention
-    mixing.diagonal(dim1=1, dim2=2).add_(1)
-    return attention, mixing
+    return torch.softmax(energies.neg_() if inverted else energies, -1, out=energies)
+
+
+def _add_mixed(mixing: Tensor, flat: Tensor, like: Tensor) -> Tensor:
+    """`mixing @ flat + like` as a map like `like`; the product is added to the map, not the map to the sum it is of."""
+    out, flat_out = empty_map(like)
+    out.copy_(like)
+    torch.baddbmm(flat_out, mixing, flat, out=flat_out)
+    return out
 
 
 class _ChannelResidual(torch.autograd.Function):
-    """`(gamma A + I) X`: gamma and the residual belong to the small matrix, forward and backward."""
+    """`(gamma A) X + X`: gamma goes into the small matrix, the residual into the product, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
         flat = x.flatten(2)
-        attention, mixing = _mixing(flat, gamma, inverted)
-        ctx.save_for_backward(x, gamma, attention, mixing)
+        attention = _weights_of(flat, inverted)
+        ctx.save_for_backward(x, gamma, attention)
         ctx.inverted = inverted
-        out, flat_out = empty_map(x)
-        torch.bmm(mixing, flat, out=flat_out)
-        return out
+        return _add_mixed(gamma * attention, flat, x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, gamma, attention, mixing = ctx.saved_tensors
+        x, gamma, attention = ctx.saved_tensors
         if torch.is_grad_enabled():
             again = differentiate_again(
                 lambda x, gamma: _channel_residual_plain(x, gamma, ctx.inverted),
@@ -299,8 +303,8 @@ class _ChannelResidual(torch.autograd.Function):
             d_gamma = (d_mixing * attention).sum().view(gamma.shape)
             d_attention = d_mixing.mul_(-gamma if ctx.inverted else gamma)
             d_energies = torch.ops.aten._softmax_backward_data(d_attention, attention, -1, attention.dtype)
-            d_x, d_flat = empty_map(x)
-            torch.bmm(mixing.transpose(1, 2), flat_gradient, out=d_flat)
+            d_x = _add_mixed((gamma * attention).transpose(1, 2), flat_gradient, gradient)
+            d_flat = d_x.view(*x.shape[:2], -1)
             torch.baddbmm(d_flat, d_energies + d_energies.transpose(1, 2), flat, out=d_flat)
         return d_x, d_gamma, None
 
@@ -314,9 +318,7 @@ def _channel_residual_buffered(x: Tensor, gamma: Tensor, inverted: bool) -> Tens
             recorded: Tensor = _ChannelResidual.apply(x, gamma, inverted)
             return recorded.to(dtype)
         flat = x.flatten(2)
-        out, flat_out = empty_map(x)
-        torch.bmm(_mixing(flat, gamma, inverted)[1], flat, out=flat_out)
-        return out.to(dtype)
+        return _add_mixed(gamma * _weights_of(flat, inverted), flat, x).to(dtype)
 
 
 def _channel_residual(x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
@@ -335,14 +337,14 @@ CHANNEL_IMPLEMENTATIONS = tuple(_CHANNEL)
 
 
 def channel_residual(x: Tensor, gamma: Tensor, *, inverted: bool = True, impl: str = "auto") -> Tensor:
-    """DANet's channel attention: `gamma * channel_attention(x) + x`, which is `(gamma A + I) X`.
+    """DANet's channel attention: `gamma * channel_attention(x) + x`.
 
     Args:
         x: (B, C, H, W).
         gamma: One number.
         inverted: As for `channel_attention`.
         impl: "auto"; "reference"; "plain", in ordinary operations; "buffered", gamma and the residual made part of the
-            small matrix, not for compilers.
+            products, not for compilers.
 
     Returns:
         (B, C, H, W).
