@@ -20,6 +20,7 @@ from visattn.blocks import (
     SqueezeWeight,
 )
 from visattn.capture import capture
+from visattn.inference import fuse
 from visattn.registry import create, list_blocks
 from visattn.surgery import find_places, insert
 
@@ -47,6 +48,7 @@ __all__ = [
     "capture",
     "create",
     "find_places",
+    "fuse",
     "insert",
     "list_blocks",
 ]

@@ -182,4 +182,4 @@ def compiled(task: Task) -> Contender:
 
 def fused(task: Task) -> Contender:
     """The package's inference copy of the block."""
-    return Contender("fused", task, "auto", visattn.fuse, rewrap=True)  # type: ignore[attr-defined]
+    return Contender("fused", task, "auto", visattn.fuse, rewrap=True)

@@ -1,7 +1,8 @@
-"""What every block shares: the base class, checks of inputs, and picking the queries whose maps are shown."""
+"""What every block shares: the base class, checks, folded norms, picking the queries whose maps are shown."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
@@ -16,13 +17,17 @@ __all__ = [
     "NormLayer",
     "check_map",
     "check_tokens",
+    "conv_with_norm",
     "fold_norm",
     "foldable",
+    "folded",
+    "has_hooks",
     "layout_like",
     "make_norm",
     "map_layout",
     "query_indices",
     "token_query_indices",
+    "wide",
 ]
 
 NormLayer = Callable[[int], nn.Module]
@@ -49,6 +54,13 @@ class Block(nn.Module):
 
     def wake(self) -> None:
         """Leave a start as the identity to the gate of `visattn.insert`: two zeros in a row would never learn."""
+
+    def fused(self) -> nn.Module:
+        """What `visattn.fuse` puts in the block's place: a module for inference alone, equal to it in eval mode.
+
+        The block itself where nothing is gained. It is not asked of subclasses that do not say it anew.
+        """
+        return self
 
 
 def check_map(owner: object, x: Tensor, channels: int) -> None:
@@ -91,6 +103,45 @@ def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Ten
     scale = scale if norm.weight is None else scale * norm.weight
     shift = -mean * scale if bias is None else (bias - mean) * scale
     return weight * scale[:, None, None, None], shift if norm.bias is None else shift + norm.bias
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor apart from its graph in float64, or what its device has nearest to that."""
+    return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of any layer with the norm that follows it made part of them, computed in float64, detached.
+
+    Args:
+        weight: Output channels first.
+        bias: One number per output channel, or None.
+        norm: A batch norm of eval mode with running statistics.
+    """
+    norm = cast(nn.BatchNorm2d, norm)
+    scale = (wide(cast(Tensor, norm.running_var)) + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * wide(norm.weight)
+    mean = wide(cast(Tensor, norm.running_mean))
+    shift = -mean * scale if bias is None else (wide(bias) - mean) * scale
+    shift = shift if norm.bias is None else shift + wide(norm.bias)
+    scaled = wide(weight) * scale.view(-1, *[1] * (weight.ndim - 1))
+    return scaled.to(weight.dtype), shift.to(weight.dtype)
+
+
+def conv_with_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
+    """One convolution in place of a convolution and its norm, or the two in a row where they cannot be one."""
+    if type(conv) is not nn.Conv2d or not foldable(norm):
+        return nn.Sequential(conv, norm)
+    weight, bias = folded(conv.weight, conv.bias, norm)
+    one = copy.deepcopy(conv)
+    one.weight, one.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+    return one
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something beside its class takes part in a call of the module."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, kind) for kind in hooks)
 
 
 def map_layout(x: Tensor) -> torch.memory_format:

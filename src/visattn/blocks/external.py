@@ -16,11 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.blocks.base import Block, NormLayer, check_map, check_tokens, make_norm
+from visattn.blocks.base import (
+    Block,
+    NormLayer,
+    check_map,
+    check_tokens,
+    foldable,
+    folded,
+    layout_like,
+    make_norm,
+    wide,
+)
 from visattn.errors import check
+from visattn.ops._shared import eager, precise, recording
 from visattn.ops.external import (
     IMPLEMENTATIONS,
     BatchNorm,
+    _residual_eval,
     double_normalize,
     external_attention,
     external_attention_2d,
@@ -316,6 +328,48 @@ class ExternalAttention2d(Block):
         logits = self.linear_0(self.conv1(x).flatten(2))
         return {"slot": double_normalize(logits, eps=self.eps).view(x.shape[0], self.num_slots, *x.shape[2:])}
 
+    def fused(self) -> nn.Module:
+        """`FusedExternalAttention2d`, where the norm is a batch norm with running statistics."""
+        return FusedExternalAttention2d(self) if foldable(self.conv2[1]) else self
+
     def extra_repr(self) -> str:
         """Sizes, for printing."""
         return f"channels={self.channels}, num_slots={self.num_slots}, tie_memory={self.tie_memory}"
+
+
+class FusedExternalAttention2d(nn.Module):
+    """`ExternalAttention2d` for inference: two matrices and a shift, `y = relu(x + shift + V double_normalize(K x))`.
+
+    Args:
+        block: In eval mode, with a batch norm that can be folded.
+    """
+
+    into_slots: Tensor
+    out_of_slots: Tensor
+    shift: Tensor
+
+    def __init__(self, block: ExternalAttention2d) -> None:
+        super().__init__()
+        self.channels, self.num_slots, self.eps = block.channels, block.num_slots, block.eps
+        dtype = block.conv1.weight.dtype
+        out_weight, shift = folded(wide(cast(Tensor, block.conv2[0].weight)), None, block.conv2[1])
+        query, key = wide(block.conv1.weight).flatten(1), wide(block.linear_0.weight).flatten(1)
+        self.register_buffer("into_slots", (key @ query).to(dtype))  # the softmax removes the bias of the queries
+        self.register_buffer("out_of_slots", (out_weight.flatten(1) @ wide(block._value_memory())).to(dtype))
+        self.register_buffer("shift", shift.to(dtype))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W)."""
+        check_map(self, x, self.channels)
+        given = (x, self.into_slots, self.out_of_slots, self.shift)
+        if self.eps > 0 and eager(*given) and precise(*given) and not recording(*given):
+            return _residual_eval(*given, self.eps)
+        logits = F.conv2d(x, self.into_slots[..., None, None])
+        attention = double_normalize(logits.flatten(2), eps=self.eps).view(logits.shape)
+        mapped = F.conv2d(attention, self.out_of_slots[..., None, None], self.shift)
+        return layout_like(F.relu(x + mapped), x)
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        return f"channels={self.channels}, num_slots={self.num_slots}"

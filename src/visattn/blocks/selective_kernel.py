@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.blocks.base import Block, NormLayer, check_map, fold_norm, foldable, make_norm
+from visattn.blocks.base import Block, NormLayer, check_map, fold_norm, foldable, folded, make_norm
 from visattn.errors import check
-from visattn.ops._shared import eager
+from visattn.ops._shared import eager, recording
 from visattn.ops.convolution import IMPLEMENTATIONS, grouped_conv2d
 from visattn.ops.selective_kernel import branch_descriptor, branch_select, branch_weights
 
@@ -222,3 +222,90 @@ class SelectiveKernel(Block):
         """Sizes, for printing."""
         sizes = f"{self.channels}, {self.out_channels}, kernel_size={self.kernel_size}, dilated={self.dilated}"
         return f"{sizes}, stride={self.stride}, groups={self.groups}"
+
+    def fused(self) -> nn.Module:
+        """`FusedSelectiveKernel`, where its linear layers are torch's."""
+        plain = all(type(linear) is nn.Linear for linear in (self.fc, *self.fcs))
+        return FusedSelectiveKernel(self) if plain else self
+
+
+class _FusedBranch(nn.Module):
+    """Convolution with its norm folded in, activation."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, branch: _Branch) -> None:
+        super().__init__()
+        conv, norm = branch.conv, branch.bn
+        self.stride, self.padding, self.dilation = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
+        self.groups, self.act = conv.groups, branch.act
+        fold = foldable(norm)
+        weight, bias = folded(conv.weight, conv.bias, norm) if fold else (conv.weight, conv.bias)
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.norm = nn.Identity() if fold else norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = grouped_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        normed: Tensor = self.norm(out)
+        if type(self.act) is nn.ReLU and type(self.norm) is nn.Identity:
+            return F.relu_(normed)
+        activated: Tensor = self.act(normed)
+        return activated
+
+    def extra_repr(self) -> str:
+        sizes = f"{tuple(self.weight.shape)}, stride={self.stride}"
+        return f"{sizes}, dilation={self.dilation}, groups={self.groups}"
+
+
+class FusedSelectiveKernel(nn.Module):
+    """`SelectiveKernel` for inference: norms folded in, one linear layer for the logits of all branches.
+
+    Args:
+        block: In eval mode.
+    """
+
+    fc_weight: Tensor
+    fc_bias: Tensor | None
+    select_weight: Tensor
+    select_bias: Tensor
+
+    def __init__(self, block: SelectiveKernel) -> None:
+        super().__init__()
+        self.channels, self.out_channels = block.channels, block.out_channels
+        self.convs = nn.ModuleList(_FusedBranch(branch) for branch in block.convs if isinstance(branch, _Branch))
+        weight, bias, norm = block.fc.weight, cast(Tensor | None, block.fc.bias), block.fc_bn
+        self.fc_bn = None if norm is None or foldable(norm) else norm
+        if norm is not None and foldable(norm):
+            weight, bias = folded(weight, bias, norm)
+        self.register_buffer("fc_weight", weight.detach())
+        self.register_buffer("fc_bias", None if bias is None else bias.detach())
+        self.fc_act = block.fc_act
+        selectors = [cast(nn.Linear, fc) for fc in block.fcs]
+        self.register_buffer("select_weight", torch.cat([fc.weight.detach() for fc in selectors]))  # (K * C, hidden)
+        self.register_buffer("select_bias", torch.cat([fc.bias.detach() for fc in selectors]))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
+        check_map(self, x, self.channels)
+        features = [conv(x) for conv in self.convs]
+        hidden = F.linear(branch_descriptor(features), self.fc_weight, self.fc_bias)[..., None, None]
+        hidden = hidden if self.fc_bn is None else self.fc_bn(hidden)
+        hidden = hidden if self.fc_act is None else self.fc_act(hidden)
+        logits = F.linear(hidden.flatten(1), self.select_weight, self.select_bias)
+        logits = logits.view(-1, len(features), self.out_channels)
+        return branch_select(features, logits, overwrite=eager(x) and not recording(*features, logits))
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        return f"{self.channels}, {self.out_channels}, branches={len(self.convs)}"
