@@ -66,7 +66,8 @@ def test_a_wrong_implementation_is_marked_and_not_timed(rates):
         assert row["median_ms"] is row["ratio"] is None
         assert rows["selective_kernel", mode, "reference"]["verdict"] == "equal"
         assert rows["dual_channel", mode, "visattn"]["verdict"] == "equal"
-    assert [entry["shapes"] for entry in content["summary"]] == [1, 1]
+    means = {(entry["mode"], entry["contender"]): entry["shapes"] for entry in content["summary"]}
+    assert means == {("inference", "visattn"): 1, ("inference", "fused"): 2, ("training", "visattn"): 1}
     assert not run.passed(content)
 
 
@@ -82,7 +83,7 @@ def test_a_wrong_implementation_ends_in_exit_code_1(capsys):
 def test_without_the_gate_rows_are_unverified(capsys):
     status, out, _ = call(capsys, "sk", "--shapes", "small", "--mode", "inference", "--no-gate")
     assert status == 0
-    assert out.count("unverified") == 2
+    assert out.count("unverified") == 3
     assert " equal" not in out
 
 

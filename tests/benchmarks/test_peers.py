@@ -58,7 +58,8 @@ def test_a_peer_is_timed_in_a_process_of_its_own(installed, rates):
     settings = Settings(("external", "dual"), shapes="small", against=("reference", "peers"))
     content = run.bench(settings, rates=rates, seconds=0.0, say=lambda line: None)
     order = [(row["mode"], row["contender"]) for row in content["rows"] if row["block"] == "external"]
-    assert order[:3] == [("inference", "visattn"), ("inference", "reference"), ("inference", "fightingcv")]
+    contenders = ("visattn", "fused", "reference", "fightingcv")
+    assert order[:4] == [("inference", contender) for contender in contenders]
     row = next(row for row in content["rows"] if row["contender"] == "fightingcv" and row["block"] == "external")
     assert row["verdict"] == "speed only"
     assert row["parameters"] == 64 * 64 + 64

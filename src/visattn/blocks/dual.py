@@ -12,17 +12,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from visattn.blocks.base import Block, NormLayer, check_map, conv_with_norm, make_norm, query_indices, wide
+from visattn.blocks.base import Block, NormLayer, check_map, conv_with_norm, make_norm, query_indices
 from visattn.errors import check
-from visattn.ops._shared import eager, precise, recording
 from visattn.ops.dual import (
     CHANNEL_IMPLEMENTATIONS,
     POSITION_IMPLEMENTATIONS,
     channel_residual,
     channel_weights,
-    position_attention,
     position_residual,
     position_weights,
 )
@@ -113,10 +110,6 @@ class PositionAttention(Block):
         query = self.query_conv(x).flatten(2).index_select(2, chosen)
         weights = position_weights(query, self.key_conv(x).flatten(2))
         return {"position": weights.view(*weights.shape[:2], *x.shape[2:]).unsqueeze(1)}
-
-    def fused(self) -> nn.Module:
-        """`FusedPositionAttention`."""
-        return FusedPositionAttention(self)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
@@ -244,10 +237,6 @@ class DualAttention(Block):
         out: Tensor = self.position(x) + self.channel(x)
         return out
 
-    def fused(self) -> nn.Module:
-        """`FusedDualAttention`."""
-        return FusedDualAttention(self)
-
 
 class DualAttentionHead(Block):
     """DANet's segmentation head: two stems, position and channel attention, and three classifiers.
@@ -334,63 +323,6 @@ class DualAttentionHead(Block):
         return FusedDualAttentionHead(self)
 
 
-class FusedPositionAttention(nn.Module):
-    """`PositionAttention` for inference: gamma is part of the value convolution.
-
-    Args:
-        block: In eval mode.
-    """
-
-    query_weight: Tensor
-    query_bias: Tensor
-    key_weight: Tensor
-    key_bias: Tensor
-    value_weight: Tensor
-    value_bias: Tensor
-    one: Tensor
-
-    def __init__(self, block: PositionAttention) -> None:
-        super().__init__()
-        self.channels = block.channels
-        for name, conv in (("query", block.query_conv), ("key", block.key_conv), ("value", block.value_conv)):
-            for part, tensor in (("weight", conv.weight), ("bias", cast(Tensor, conv.bias))):
-                exact = wide(tensor) * wide(block.gamma) if name == "value" else tensor.detach()
-                self.register_buffer(f"{name}_{part}", exact.to(tensor.dtype))
-        self.register_buffer("one", torch.ones_like(block.gamma, requires_grad=False))
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W)."""
-        check_map(self, x, self.channels)
-        query, key = (self.query_weight, self.query_bias), (self.key_weight, self.key_bias)
-        value = (self.value_weight, self.value_bias)
-        if x.device.type == "cpu" and eager(x) and precise(x, self.value_weight) and not recording(x):
-            return position_residual(x, query, key, value, self.one)  # the value convolution comes last
-        return position_attention(F.conv2d(x, *query), F.conv2d(x, *key), F.conv2d(x, *value)) + x
-
-    def extra_repr(self) -> str:
-        """Sizes, for printing."""
-        return f"channels={self.channels}"
-
-
-class FusedDualAttention(nn.Module):
-    """`DualAttention` for inference.
-
-    Args:
-        block: In eval mode.
-    """
-
-    def __init__(self, block: DualAttention) -> None:
-        super().__init__()
-        self.position, self.channel = block.position.fused(), block.channel.fused()
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W)."""
-        out: Tensor = self.position(x) + self.channel(x)
-        return out
-
-
 class FusedDualAttentionHead(nn.Module):
     """`DualAttentionHead` for inference: norms but that before the positions are part of the convolutions.
 
@@ -413,7 +345,7 @@ class FusedDualAttentionHead(nn.Module):
             if type(stem) is nn.Sequential and len(stem) == 3:
                 stem = nn.Sequential(conv_with_norm(stem[0], stem[1]), stem[2])
             self.add_module(name, stem)
-        self.sa, self.sc = block.sa.fused(), block.sc.fused()
+        self.sa, self.sc = block.sa, block.sc
         self.conv6, self.conv7, self.conv8 = block.conv6, block.conv7, block.conv8
         self.eval()
 

@@ -251,17 +251,6 @@ class PyramidSqueezeAttention(Block):
         """`branch`: (B, K, C), each channel's weights over the scales, smallest kernel first."""
         return {"branch": pyramid_weights(self._scales(x)[1])}
 
-    def fused(self) -> nn.Module:
-        """`FusedPyramidSqueezeAttention`, where the SE part is as it was built."""
-        se = self.se
-        plain = type(se) is SqueezeWeight and type(se.fc1) is nn.Conv2d and type(se.fc2) is nn.Conv2d
-        return FusedPyramidSqueezeAttention(self) if plain else self
-
-    def extra_repr(self) -> str:
-        """Sizes, for printing."""
-        sizes = f"{self.channels}, {self.out_channels}, kernel_size={self.kernel_size}"
-        return f"{sizes}, groups={self.groups}, stride={self.stride}"
-
 
 class PyramidSqueezeBottleneck(Block):
     """EPSANet's bottleneck: 1x1 conv, pyramid squeeze attention, 1x1 conv to 4 * channels, residual.
@@ -349,52 +338,6 @@ class PyramidSqueezeBottleneck(Block):
         return FusedPyramidSqueezeBottleneck(self)
 
 
-class FusedPyramidSqueezeAttention(nn.Module):
-    """`PyramidSqueezeAttention` for inference: weights laid out for the convolutions, the SE part on vectors.
-
-    Args:
-        block: In eval mode.
-    """
-
-    fc1_weight: Tensor
-    fc1_bias: Tensor | None
-    fc2_weight: Tensor
-    fc2_bias: Tensor | None
-
-    def __init__(self, block: PyramidSqueezeAttention) -> None:
-        super().__init__()
-        self.channels, self.out_channels, self.stride = block.channels, block.out_channels, block.stride
-        self.kernel_size, self.groups = block.kernel_size, block.groups
-        for index in range(1, len(self.groups) + 1):
-            weight = getattr(block, f"conv_{index}").weight.detach()
-            self.register_buffer(f"weight_{index}", weight.contiguous(memory_format=torch.channels_last))
-        for name, conv in (("fc1", block.se.fc1), ("fc2", block.se.fc2)):
-            self.register_buffer(f"{name}_weight", conv.weight.detach().flatten(1))
-            self.register_buffer(f"{name}_bias", None if conv.bias is None else conv.bias.detach())
-        self.gate = block.se.gate
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
-        check_map(self, x, self.channels)
-        layout = map_layout(x)
-        if x.device.type == "cpu" and eager(x):  # as the weights: converted once, it serves all scales
-            x = x.contiguous(memory_format=torch.channels_last)
-        features = [
-            grouped_conv2d(x, getattr(self, f"weight_{index}"), stride=self.stride, padding=size // 2, groups=groups)
-            for index, (size, groups) in enumerate(zip(self.kernel_size, self.groups, strict=True), start=1)
-        ]
-        means = torch.stack([feature.mean(dim=(2, 3)) for feature in features], dim=1)  # (B, K, C)
-        hidden = F.relu(F.linear(means.flatten(0, 1), self.fc1_weight, self.fc1_bias))
-        gates = self.gate(F.linear(hidden, self.fc2_weight, self.fc2_bias)[..., None, None])
-        return pyramid_squeeze(features, gates.view(means.shape), layout=layout)
-
-    def extra_repr(self) -> str:
-        """Sizes, for printing."""
-        sizes = f"{self.channels}, {self.out_channels}, kernel_size={self.kernel_size}"
-        return f"{sizes}, groups={self.groups}, stride={self.stride}"
-
-
 class FusedPyramidSqueezeBottleneck(nn.Module):
     """`PyramidSqueezeBottleneck` for inference: norms behind convolutions are part of them.
 
@@ -406,7 +349,7 @@ class FusedPyramidSqueezeBottleneck(nn.Module):
         super().__init__()
         self.in_channels = block.in_channels
         self.conv1 = conv_with_norm(block.conv1, block.bn1)
-        self.conv2 = block.conv2.fused()
+        self.conv2 = block.conv2
         self.bn2 = block.bn2  # between the attention and a ReLU: nothing to make it part of
         self.conv3 = conv_with_norm(block.conv3, block.bn3)
         shortcut = block.downsample

@@ -150,8 +150,8 @@ def _position_residual_pieces(
             attention = buffer[: queries[part].shape[0]]
             torch.mm(queries[part], keys, out=attention)
             torch.softmax(attention, -1, out=attention)
-            y = torch.add(x_map[:, part], bias, out=y_map[:, part])
-            torch.addmm(y, weight, x_map @ attention.t(), out=y)
+            y = torch.addmm(bias, weight, x_map @ attention.t(), out=y_map[:, part])
+            y.add_(x_map[:, part])  # in the end: a sum that starts from it loses digits of what is small beside it
     return out
 
 
@@ -268,11 +268,13 @@ def _weights_of(flat: Tensor, inverted: bool) -> Tensor:
 
 
 def _add_mixed(mixing: Tensor, flat: Tensor, like: Tensor) -> Tensor:
-    """`mixing @ flat + like` as a map like `like`; the product is added to the map, not the map to the sum it is of."""
+    """`mixing @ flat + like` as a map like `like`.
+
+    The map is added in the end: a sum of hundreds of small products that starts from it loses their digits.
+    """
     out, flat_out = empty_map(like)
-    out.copy_(like)
-    torch.baddbmm(flat_out, mixing, flat, out=flat_out)
-    return out
+    torch.bmm(mixing, flat, out=flat_out)
+    return out.add_(like)
 
 
 class _ChannelResidual(torch.autograd.Function):
@@ -303,9 +305,10 @@ class _ChannelResidual(torch.autograd.Function):
             d_gamma = (d_mixing * attention).sum().view(gamma.shape)
             d_attention = d_mixing.mul_(-gamma if ctx.inverted else gamma)
             d_energies = torch.ops.aten._softmax_backward_data(d_attention, attention, -1, attention.dtype)
-            d_x = _add_mixed((gamma * attention).transpose(1, 2), flat_gradient, gradient)
-            d_flat = d_x.view(*x.shape[:2], -1)
-            torch.baddbmm(d_flat, d_energies + d_energies.transpose(1, 2), flat, out=d_flat)
+            d_x, d_flat = empty_map(x)
+            torch.bmm(d_energies + d_energies.transpose(1, 2), flat, out=d_flat)
+            torch.baddbmm(d_flat, (gamma * attention).transpose(1, 2), flat_gradient, out=d_flat)
+            d_x.add_(gradient)
         return d_x, d_gamma, None
 
 
