@@ -11,18 +11,13 @@ from torch import Tensor
 
 from visattn.ops._shared import differentiate_again, full_precision, need_eager, recording, upcast
 
-__all__ = ["attend_in_pieces", "small_enough_to_keep"]
+__all__ = ["KEPT", "PIECE", "attend_in_pieces"]
 
 # Entries of the attention matrix at hand at one time: 8 MB of float32, about what a core's share of the cache holds. A
 # GPU wants more work at a time. Up to KEPT entries the matrix of a training step is kept for the backward pass; larger
 # ones are computed again there.
 PIECE = {"cpu": 2**21, "cuda": 2**26}
 KEPT = {"cpu": 2**23, "cuda": 2**26}
-
-
-def small_enough_to_keep(query: Tensor, key: Tensor) -> bool:
-    """Whether the attention matrix of a training step is kept for the backward pass."""
-    return math.prod(query.shape[:3]) * key.shape[2] <= KEPT.get(query.device.type, KEPT["cpu"])
 
 
 def _piece_shape(query: Tensor, key: Tensor) -> tuple[int, int]:
@@ -120,7 +115,7 @@ class _Attention(torch.autograd.Function):
         scale: float,
         plain: Any,
     ) -> Tensor:
-        keep = small_enough_to_keep(query, key)
+        keep = math.prod(query.shape[:3]) * key.shape[2] <= KEPT.get(query.device.type, KEPT["cpu"])
         kept = query.new_empty(*query.shape[:3], key.shape[2]) if keep else None
         out = _forward(query, key, value, weights, mask, scale, kept)
         ctx.save_for_backward(query, key, value, weights, mask, kept)

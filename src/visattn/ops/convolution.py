@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from visattn.ops._shared import choose, differentiate_again, eager, full_precision, precise, recording
 
-__all__ = ["IMPLEMENTATIONS", "grouped_conv2d"]
+__all__ = ["IMPLEMENTATIONS", "best_form", "grouped_conv2d"]
 
 _LANES = 8  # channels in a group from which the kernels of a CPU work at full width
 _BAND = 800  # positions after which a sum of a weight's gradient is begun anew
@@ -168,24 +168,43 @@ def _depthwise(
     return out if bias is None else out + bias[:, None, None]
 
 
-def _form(x: Tensor, weight: Tensor, stride: int, groups: int) -> Any:
-    """What measured best on CPUs."""
-    size, outputs, width = weight.shape[2], weight.shape[0] // groups, weight.shape[1]
-    if groups == 1 or outputs == width == 1:
-        return _reference
+def best_form(device: str, *, size: int, outputs: int, width: int, groups: int, stride: int, positions: int) -> str:
+    """The form that "auto" takes, by what measured best on CPUs; on other devices `conv2d` as it is.
+
+    Args:
+        device: Type of the device.
+        size: Of the kernel.
+        outputs: Output channels of a group.
+        width: Input channels of a group.
+        groups: Groups.
+        stride: Stride.
+        positions: Of the input map.
+    """
+    if device != "cpu" or groups == 1 or outputs == width == 1:
+        return "reference"
     if size >= 5:
-        positions = x.shape[2] * x.shape[3]
-        return _depthwise if outputs == stride == 1 and size >= 9 and positions >= 576 else _channels_last
-    return _merged if min(outputs, width) < _LANES else _reference
+        return "depthwise" if outputs == stride == 1 and size >= 9 and positions >= 576 else "channels_last"
+    return "merged" if min(outputs, width) < _LANES else "reference"
 
 
 def _auto(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int, groups: int
 ) -> Tensor:
     numbers = (stride, padding, dilation, groups)
-    form = _form(x, weight, stride, groups) if x.device.type == "cpu" and eager(x, weight, bias) else _reference
-    narrow = min(weight.shape[0] // groups, weight.shape[1]) < _LANES
-    if form is not _reference and narrow and recording(x, weight, bias) and precise(x, weight):
+    if not eager(x, weight, bias):
+        return _reference(x, weight, bias, *numbers)
+    outputs, width = weight.shape[0] // groups, weight.shape[1]
+    name = best_form(
+        x.device.type,
+        size=weight.shape[2],
+        outputs=outputs,
+        width=width,
+        groups=groups,
+        stride=stride,
+        positions=x.shape[2] * x.shape[3],
+    )
+    form = _CONVOLUTION[name]
+    if name != "reference" and min(outputs, width) < _LANES and recording(x, weight, bias) and precise(x, weight):
         out: Tensor = _Convolution.apply(x, weight, bias, *numbers, form)
         return out
     return form(x, weight, bias, *numbers)

@@ -29,6 +29,7 @@ from visattn.ops._shared import (
 __all__ = [
     "CHANNEL_IMPLEMENTATIONS",
     "POSITION_IMPLEMENTATIONS",
+    "best_position",
     "channel_attention",
     "channel_residual",
     "channel_weights",
@@ -78,12 +79,23 @@ def _position_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out.squeeze(1).transpose(1, 2).reshape(value.shape).to(value.dtype)
 
 
+def best_position(device: str, *, buffers: bool, precise: bool) -> str:
+    """The implementation that "auto" takes.
+
+    On a CPU torch's fused kernels want queries as wide as values, and in float32 their gradients lose digits where the
+    softmax saturates. 16-bit inputs on a GPU are what they are for.
+
+    Args:
+        device: Type of the device.
+        buffers: Whether code with buffers of its own may serve the tensors.
+        precise: Whether they are float32 or float64, without autocast.
+    """
+    return "pieces" if buffers and (precise or device == "cpu") else "fused"
+
+
 def _position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    # On a CPU torch's fused kernels want queries as wide as values, and in float32 their gradients lose digits where
-    # the softmax saturates. 16-bit inputs on a GPU are what they are for.
-    if eager(query, key, value) and (query.dtype in (torch.float32, torch.float64) or query.device.type == "cpu"):
-        return _position_pieces(query, key, value)
-    return _position_fused(query, key, value)
+    name = best_position(query.device.type, buffers=eager(query, key, value), precise=precise(query, key, value))
+    return _POSITION[name](query, key, value)
 
 
 _POSITION = {

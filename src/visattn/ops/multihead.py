@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visattn.errors import check
-from visattn.ops._attention import attend_in_pieces, small_enough_to_keep
+from visattn.ops._attention import KEPT, attend_in_pieces
 from visattn.ops._shared import choose, eager, full_precision, precise, upcast
 
-__all__ = ["IMPLEMENTATIONS", "multihead_attention", "multihead_weights"]
+__all__ = ["IMPLEMENTATIONS", "best_multihead", "multihead_attention", "multihead_weights"]
 
 
 def multihead_weights(
@@ -104,6 +104,28 @@ def _pieces(
     return out.to(value.dtype)
 
 
+def best_multihead(device: str, *, buffers: bool, precise: bool, entries: int, weights: bool, dropout: bool) -> str:
+    """The implementation that "auto" takes.
+
+    torch's fused kernels know no weights, and in float32 their gradients lose digits where the softmax saturates:
+    theirs are the matrices too large to be kept, and the 16-bit types.
+
+    Args:
+        device: Type of the device.
+        buffers: Whether code with buffers of its own may serve the tensors.
+        precise: Whether they are float32 or float64, without autocast.
+        entries: Size of the attention matrix.
+        weights: Whether there are attention weights.
+        dropout: Whether there is dropout.
+    """
+    if not buffers:
+        return "reference" if weights else "fused"
+    small = entries <= KEPT.get(device, KEPT["cpu"])
+    if not weights and not (precise and small):
+        return "fused"
+    return "reference" if dropout or (device != "cpu" and small) else "pieces"  # a GPU wants all samples at once
+
+
 def _auto(
     query: Tensor,
     key: Tensor,
@@ -113,18 +135,16 @@ def _auto(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    if weights is not None and (dropout_p > 0 or not eager(query, key, value, weights, mask)):
-        return _reference(query, key, value, mask, weights, scale, dropout_p)
-    # torch's fused kernels know no weights, and in float32 their gradients lose digits where the softmax saturates:
-    # theirs are the matrices too large to be kept, and the 16-bit types.
-    if weights is not None or (
-        dropout_p == 0
-        and eager(query, key, value, mask)
-        and precise(query, key, value)
-        and small_enough_to_keep(query, key)
-    ):
-        return _pieces(query, key, value, mask, weights, scale, dropout_p)
-    return _fused(query, key, value, mask, weights, scale, dropout_p)
+    buffers = eager(query, key, value, weights, mask)
+    name = best_multihead(
+        query.device.type,
+        buffers=buffers,
+        precise=precise(query, key, value),
+        entries=math.prod(query.shape[:3]) * key.shape[2] if buffers else 0,  # a compiler has symbols here
+        weights=weights is not None,
+        dropout=dropout_p > 0,
+    )
+    return _MULTIHEAD[name](query, key, value, mask, weights, scale, dropout_p)
 
 
 _MULTIHEAD = {"auto": _auto, "reference": _reference, "fused": _fused, "pieces": _pieces}

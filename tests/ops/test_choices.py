@@ -1,0 +1,94 @@
+"""What "auto" takes, by device and sizes: the paths of a GPU are chosen here too, and each of them runs on the CPU."""
+
+import pytest
+import torch
+
+import visattn
+from visattn.ops import convolution, dual, multihead
+from visattn.ops.convolution import best_form
+from visattn.ops.dual import best_position
+from visattn.ops.multihead import best_multihead
+
+SMALL, LARGE = 2**20, 2**28
+
+
+@pytest.mark.parametrize(
+    ("device", "precise", "entries", "weights", "dropout", "expected"),
+    [
+        ("cpu", True, SMALL, False, False, "pieces"),
+        ("cpu", True, LARGE, False, False, "fused"),
+        ("cpu", True, LARGE, True, False, "pieces"),
+        ("cpu", True, SMALL, False, True, "reference"),
+        ("cpu", False, SMALL, False, False, "fused"),
+        ("cpu", False, SMALL, True, False, "pieces"),
+        ("cuda", True, SMALL, False, False, "reference"),
+        ("cuda", True, LARGE, False, False, "fused"),
+        ("cuda", True, LARGE, True, False, "pieces"),
+        ("cuda", True, SMALL, True, False, "reference"),
+        ("cuda", False, LARGE, False, False, "fused"),
+        ("cuda", False, SMALL, False, True, "fused"),
+        ("cuda", False, LARGE, True, False, "pieces"),
+        ("cuda", False, LARGE, True, True, "reference"),
+    ],
+)
+def test_multihead(device, precise, entries, weights, dropout, expected):
+    options = {"precise": precise, "entries": entries, "weights": weights, "dropout": dropout}
+    assert best_multihead(device, buffers=True, **options) == expected
+    assert best_multihead(device, buffers=False, **options) == ("reference" if weights else "fused")
+
+
+@pytest.mark.parametrize(
+    ("device", "buffers", "precise", "expected"),
+    [
+        ("cpu", True, True, "pieces"),
+        ("cpu", True, False, "pieces"),
+        ("cpu", False, True, "fused"),
+        ("cuda", True, True, "pieces"),
+        ("cuda", True, False, "fused"),
+        ("cuda", False, True, "fused"),
+    ],
+)
+def test_position(device, buffers, precise, expected):
+    assert best_position(device, buffers=buffers, precise=precise) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "outputs", "width", "groups", "stride", "side", "expected"),
+    [
+        (3, 16, 64, 1, 1, 56, "reference"),  # EPSANet-50, stage 1
+        (5, 4, 16, 4, 1, 56, "channels_last"),
+        (7, 2, 8, 8, 1, 56, "channels_last"),
+        (9, 1, 4, 16, 1, 56, "depthwise"),
+        (9, 1, 4, 16, 2, 56, "channels_last"),
+        (9, 1, 4, 16, 1, 14, "channels_last"),
+        (3, 4, 4, 32, 1, 56, "merged"),  # SKNet-50, stages 1 and 2
+        (3, 8, 8, 32, 1, 28, "reference"),
+        (7, 1, 1, 64, 1, 56, "reference"),  # depthwise as it is
+    ],
+)
+def test_convolution(size, outputs, width, groups, stride, side, expected):
+    options = {"size": size, "outputs": outputs, "width": width, "groups": groups, "stride": stride}
+    assert best_form("cpu", **options, positions=side**2) == expected
+    assert best_form("cuda", **options, positions=side**2) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("module", "table", "call", "expected"),
+    [
+        (multihead, "_MULTIHEAD", lambda x: visattn.create("mhsa", 64)(x), "pieces"),
+        (dual, "_POSITION", lambda x: visattn.create("pam", 64)(x), "pieces"),
+        (convolution, "_CONVOLUTION", lambda x: visattn.create("sk", 64, groups=16)(x), "merged"),
+    ],
+)
+def test_the_choice_is_what_runs(module, table, call, expected, monkeypatch):
+    seen = []
+    for name, function in dict(getattr(module, table)).items():
+
+        def spy(*args, name=name, function=function):
+            seen.append(name)
+            return function(*args)
+
+        if name != "auto":
+            monkeypatch.setitem(getattr(module, table), name, spy)
+    call(torch.randn(2, 64, 5, 7))
+    assert set(seen) == {expected}
