@@ -167,6 +167,27 @@ def test_a_broken_block_fails(what, dtype, run, monkeypatch):
     assert "in float64, allowed 1e-10" in out
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_every_implementation_is_checked_when_asked_for(dtype, run, monkeypatch):
+    code, out, _ = run("--impl", "all", "--dtype", dtype)
+    assert code == 0
+    assert 'impl="fused" is not checked: torch\'s kernels know no attention_weights' in out
+    monkeypatch.setitem(dual._CHANNEL, "plain", lambda x, gamma, inverted: x)
+    assert run("cam_a")[0] == 0
+    code, out, _ = run("cam_a", "--impl", "all", "--dtype", dtype)
+    assert code == 1
+    assert '(impl="plain")' in out
+
+
+def test_one_implementation_by_name(run):
+    code, out, _ = run("--impl", "pieces")
+    assert code == 0
+    assert "its block has no implementation 'pieces'" in out
+    code, _, error = run("--impl", "turbo")
+    assert code == 2
+    assert "unknown implementation 'turbo'. Choose from all, auto, buffered, channels_last, depthwise, fused" in error
+
+
 def test_a_broken_gradient_fails(run, monkeypatch):
     def detached(x, gamma, inverted):
         flat = x.flatten(2)

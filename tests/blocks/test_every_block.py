@@ -383,3 +383,42 @@ def test_a_mask_of_keys_alone(dtype):
 def test_sizes_that_cannot_be(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["selective_kernel", "pyramid_squeeze", "dual_position", "external"])
+def test_parts_with_hooks_and_parts_put_in_their_place_are_called(name):
+    block, x = example(name), example_input(name)
+    before = {key: module for key, module in block.named_modules() if type(module) in (torch.nn.Conv2d, torch.nn.ReLU)}
+    expected = outputs(block, x)[0]
+    seen = {}
+    watched = {key: module for key, module in before.items() if not key.startswith(("conv1", "conv2", "se"))}
+    if name == "external":
+        watched = {"conv2.1": block.conv2[1]}  # its convolutions are factors of a product
+    for key, module in watched.items():
+        module.register_forward_hook(lambda module, args, out, key=key: seen.update({key: (out, out.clone())}))
+    with torch.no_grad():
+        assert close(outputs(block, x)[0], expected, 1e-5)
+    assert seen.keys() == watched.keys()
+    assert all(torch.equal(out, copied) for out, copied in seen.values())  # nothing wrote over what a hook has seen
+
+
+def test_half_precision_convolutions_with_a_float32_norm():
+    block = example("selective_kernel").half()
+    for module in block.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.float()
+    x = example_input("selective_kernel").half()
+    with torch.no_grad():
+        quiet = block(x)
+    assert close(quiet.float(), block(x).float(), 1e-2)
+
+
+def test_a_batch_norm_without_bias():
+    block = example("external", norm_layer=lambda c: torch.nn.BatchNorm2d(c))
+    block.conv2[1].register_parameter("bias", None)
+    assert torch.isfinite(block(example_input("external"))).all()
+
+
+def test_the_output_keeps_the_layout_of_the_input_whatever_the_convolutions_used():
+    block = visattn.create("sk", 64, kernel_size=(5, 7), dilated=False, groups=8)
+    assert block(torch.randn(2, 64, 5, 7)).is_contiguous()

@@ -32,24 +32,30 @@ SMALL, LARGE = 2**20, 2**28
     ],
 )
 def test_multihead(device, precise, entries, weights, dropout, expected):
-    options = {"precise": precise, "entries": entries, "weights": weights, "dropout": dropout}
-    assert best_multihead(device, buffers=True, **options) == expected
-    assert best_multihead(device, buffers=False, **options) == ("reference" if weights else "fused")
+    options = {"precise": precise, "weights": weights, "dropout": dropout}
+    assert best_multihead(device, compiling=False, buffers=True, entries=entries, **options) == expected
+    without = best_multihead(device, compiling=False, buffers=False, entries=entries, **options)
+    assert without == ("reference" if expected == "pieces" else expected)
+    compiled = best_multihead(device, compiling=True, buffers=False, entries=0, **options)
+    assert compiled == ("reference" if weights else "fused")
 
 
 @pytest.mark.parametrize(
-    ("device", "buffers", "precise", "expected"),
+    ("device", "precise", "entries", "expected", "without"),
     [
-        ("cpu", True, True, "pieces"),
-        ("cpu", True, False, "pieces"),
-        ("cpu", False, True, "fused"),
-        ("cuda", True, True, "pieces"),
-        ("cuda", True, False, "fused"),
-        ("cuda", False, True, "fused"),
+        ("cpu", True, SMALL, "pieces", "reference"),
+        ("cpu", True, LARGE, "pieces", "fused"),
+        ("cpu", False, SMALL, "pieces", "fused"),
+        ("cuda", True, SMALL, "reference", "reference"),
+        ("cuda", True, LARGE, "pieces", "fused"),
+        ("cuda", False, LARGE, "fused", "fused"),
     ],
 )
-def test_position(device, buffers, precise, expected):
-    assert best_position(device, buffers=buffers, precise=precise) == expected
+def test_position(device, precise, entries, expected, without):
+    options = {"precise": precise, "entries": entries}
+    assert best_position(device, compiling=False, buffers=True, **options) == expected
+    assert best_position(device, compiling=False, buffers=False, **options) == without
+    assert best_position(device, compiling=True, buffers=False, **options) == "fused"
 
 
 @pytest.mark.parametrize(

@@ -261,10 +261,61 @@ def test_autocast_in_the_backward_pass_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
-def test_a_large_softmax_loses_nothing_to_the_pieces(monkeypatch):
+@pytest.mark.parametrize("impl", ["auto", "pieces", "fused"])
+def test_a_large_softmax_loses_nothing(impl, monkeypatch):
     """Rows that saturate: recomputing from a log-sum-exp would cost digits of the gradients."""
     monkeypatch.setitem(_attention.KEPT, "cpu", 0)
     q, k, v = ((30 * normal(1, 1, 11, 5, seed=i).detach()).float().requires_grad_() for i in range(3))
-    fast = torch.autograd.grad(multihead_attention(q, k, v, impl="pieces").sum(), (q, k, v))
+    fast = torch.autograd.grad(multihead_attention(q, k, v, impl=impl).sum(), (q, k, v))
     plain = torch.autograd.grad(multihead_attention(q, k, v, impl="reference").sum(), (q, k, v))
     assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6 * math.sqrt(30)) for a, b in zip(fast, plain))
+
+
+@pytest.mark.parametrize("impl", ["auto", "pieces", "reference", "fused"])
+@pytest.mark.parametrize("tokens", [7, 13])
+def test_queries_of_one_sample_and_keys_of_one_head_broadcast(impl, tokens):
+    q, k, v = normal(1, 3, tokens, 5), normal(2, 1, 13, 5, seed=1), normal(2, 1, 13, 4, seed=2)
+
+    def plain(q, k, v):
+        return (q @ k.transpose(2, 3) / 5**0.5).softmax(dim=-1) @ v
+
+    if impl == "fused":
+        q, k, v = (x.expand(2, 3, *x.shape[2:]) for x in (q, k, v))  # torch's kernels want them so
+    assert_equal(lambda *x: multihead_attention(*x, impl=impl), plain, [q, k, v])
+
+
+def test_the_result_of_attention_may_be_written_to():
+    q, k = normal(1, 2, 5, 3), normal(1, 2, 7, 3, seed=1)
+    multihead_attention(q, k, k).mul_(2).sum().backward()
+    assert q.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # of torch's own derivatives
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("name", [name for name in OPS if name != "external"])
+def test_forward_mode_derivatives(name):
+    function, shapes = OPS[name]
+    inputs = tuple(normal(*shape, seed=index).detach() for index, shape in enumerate(shapes))
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    _, derivative = torch.func.jvp(function, inputs, tangents)
+    moved = [x + 1e-6 * t for x, t in zip(inputs, tangents, strict=True)]
+    back = [x - 1e-6 * t for x, t in zip(inputs, tangents, strict=True)]
+    assert torch.allclose(derivative, (function(*moved) - function(*back)) / 2e-6, rtol=1e-5, atol=1e-5)
+
+
+def test_as_many_weights_as_maps():
+    with pytest.raises(ValueError, match=r"as many gates as maps, got features=1, gates=\(2, 2, 6\)"):
+        pyramid_squeeze([torch.ones(2, 6, 3, 5)], torch.ones(2, 2, 6))
+    with pytest.raises(ValueError, match=r"as many logits as maps, got features=2, logits=\(2, 3, 6\)"):
+        branch_select([torch.ones(2, 6, 3, 5)] * 2, torch.ones(2, 3, 6))
+
+
+def test_a_variance_that_rounding_makes_negative_is_zero():
+    """A common part of all slots cancels: the attention of a position sums to one."""
+    torch.manual_seed(0)
+    x, w, eye = torch.randn(2, 4, 5, 3), torch.randn(4, 4, 1, 1), torch.eye(4)[:, :, None, None]
+    values = torch.full((4, 6), 1e4)
+    norm = BatchNorm(torch.ones(4), torch.zeros(4), torch.zeros(4), torch.ones(4), True)
+    out = external_residual_2d(x, w, torch.zeros(4), torch.randn(6, 4), values, eye, norm)
+    assert torch.isfinite(out).all()
+    assert (norm.running_var > 0).all()

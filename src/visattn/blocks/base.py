@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visattn.errors import check
+from visattn.ops._shared import map_layout
 
 __all__ = [
     "Block",
@@ -18,13 +19,12 @@ __all__ = [
     "check_map",
     "check_tokens",
     "conv_with_norm",
-    "fold_norm",
     "foldable",
     "folded",
     "has_hooks",
     "layout_like",
     "make_norm",
-    "map_layout",
+    "plain_conv",
     "query_indices",
     "token_query_indices",
     "wide",
@@ -93,18 +93,6 @@ def foldable(norm: nn.Module) -> bool:
     return type(norm) is nn.BatchNorm2d and not norm.training and norm.running_var is not None
 
 
-def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a convolution with the norm that follows it made part of them, if it is `foldable`."""
-    if not foldable(norm):
-        return weight, bias
-    norm = cast(nn.BatchNorm2d, norm)
-    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-    scale = (variance + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = -mean * scale if bias is None else (bias - mean) * scale
-    return weight * scale[:, None, None, None], shift if norm.bias is None else shift + norm.bias
-
-
 def wide(tensor: Tensor) -> Tensor:
     """A tensor apart from its graph in float64, or what its device has nearest to that."""
     return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
@@ -133,6 +121,8 @@ def conv_with_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
     if type(conv) is not nn.Conv2d or not foldable(norm):
         return nn.Sequential(conv, norm)
     weight, bias = folded(conv.weight, conv.bias, norm)
+    if not (weight.isfinite().all() and bias.isfinite().all()):  # float16 has an end
+        return nn.Sequential(conv, norm)
     one = copy.deepcopy(conv)
     one.weight, one.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
     return one
@@ -144,10 +134,9 @@ def has_hooks(module: nn.Module) -> bool:
     return "forward" in vars(module) or any(getattr(module, kind) for kind in hooks)
 
 
-def map_layout(x: Tensor) -> torch.memory_format:
-    """The memory format of a map: contiguous, or channels-last where it is that alone."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+def plain_conv(conv: nn.Module) -> bool:
+    """Whether a call of a convolution does what its class says and no more, so that its numbers may be used without."""
+    return type(conv) is nn.Conv2d and not has_hooks(conv)
 
 
 def layout_like(out: Tensor, x: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from visattn.blocks.base import Block, NormLayer, check_map, conv_with_norm, make_norm, query_indices
+from visattn.blocks.base import Block, NormLayer, check_map, conv_with_norm, make_norm, plain_conv, query_indices
 from visattn.errors import check
 from visattn.ops.dual import (
     CHANNEL_IMPLEMENTATIONS,
     POSITION_IMPLEMENTATIONS,
     channel_residual,
     channel_weights,
+    position_attention,
     position_residual,
     position_weights,
 )
@@ -95,9 +96,10 @@ class PositionAttention(Block):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
         check_map(self, x, self.channels)
-        query, key, value = (
-            (conv.weight, cast(Tensor, conv.bias)) for conv in (self.query_conv, self.key_conv, self.value_conv)
-        )
+        convs = (self.query_conv, self.key_conv, self.value_conv)
+        if not all(plain_conv(conv) for conv in convs):
+            return x + self.gamma * position_attention(*(conv(x) for conv in convs), impl=self.impl)
+        query, key, value = ((conv.weight, cast(Tensor, conv.bias)) for conv in convs)
         return position_residual(x, query, key, value, self.gamma, impl=self.impl)
 
     def wake(self) -> None:

@@ -23,6 +23,7 @@ from visattn.blocks.base import (
     check_tokens,
     foldable,
     folded,
+    has_hooks,
     layout_like,
     make_norm,
     wide,
@@ -32,11 +33,11 @@ from visattn.ops._shared import eager, precise, recording
 from visattn.ops.external import (
     IMPLEMENTATIONS,
     BatchNorm,
-    _residual_eval,
     double_normalize,
     external_attention,
     external_attention_2d,
     external_residual_2d,
+    external_residual_eval,
 )
 
 __all__ = ["ExternalAttention", "ExternalAttention2d", "MultiHeadExternalAttention"]
@@ -46,7 +47,9 @@ def batch_norm_tensors(norm: nn.Module) -> BatchNorm | None:
     """What the op needs of a plain batch norm, counting its batch; None for every other norm."""
     if (
         type(norm) is not nn.BatchNorm2d
+        or has_hooks(norm)
         or norm.weight is None
+        or norm.bias is None
         or norm.running_mean is None
         or norm.running_var is None
         or norm.momentum is None
@@ -364,7 +367,7 @@ class FusedExternalAttention2d(nn.Module):
         check_map(self, x, self.channels)
         given = (x, self.into_slots, self.out_of_slots, self.shift)
         if self.eps > 0 and eager(*given) and precise(*given) and not recording(*given):
-            return _residual_eval(*given, self.eps)
+            return external_residual_eval(*given, self.eps)
         logits = F.conv2d(x, self.into_slots[..., None, None])
         attention = double_normalize(logits.flatten(2), eps=self.eps).view(logits.shape)
         mapped = F.conv2d(attention, self.out_of_slots[..., None, None], self.shift)

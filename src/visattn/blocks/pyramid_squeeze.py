@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.blocks.base import Block, NormLayer, check_map, conv_with_norm, make_norm, map_layout
+from visattn.blocks.base import Block, NormLayer, check_map, conv_with_norm, make_norm, plain_conv
 from visattn.errors import check
-from visattn.ops._shared import eager
+from visattn.ops._shared import eager, map_layout
 from visattn.ops.convolution import IMPLEMENTATIONS, grouped_conv2d
 from visattn.ops.pyramid_squeeze import pyramid_squeeze, pyramid_weights
 
@@ -221,17 +221,16 @@ class PyramidSqueezeAttention(Block):
         _init_convs(self)
 
     def _scales(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        features = [
-            grouped_conv2d(
-                x,
-                getattr(self, f"conv_{index}").weight,
-                stride=self.stride,
-                padding=size // 2,
-                groups=groups,
-                impl=self.impl,
+        features = []
+        for index in range(1, len(self.kernel_size) + 1):
+            conv: nn.Conv2d = getattr(self, f"conv_{index}")
+            if not plain_conv(conv):
+                features.append(conv(x))
+                continue
+            padding = int(conv.padding[0])
+            features.append(
+                grouped_conv2d(x, conv.weight, stride=self.stride, padding=padding, groups=conv.groups, impl=self.impl)
             )
-            for index, (size, groups) in enumerate(zip(self.kernel_size, self.groups, strict=True), start=1)
-        ]
         means = torch.stack([feature.mean(dim=(2, 3)) for feature in features], dim=1)  # (B, K, C)
         gates = self.se.excite(means.flatten(0, 1)[..., None, None])
         return features, gates.view(means.shape)
@@ -250,6 +249,11 @@ class PyramidSqueezeAttention(Block):
     def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
         """`branch`: (B, K, C), each channel's weights over the scales, smallest kernel first."""
         return {"branch": pyramid_weights(self._scales(x)[1])}
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        sizes = f"{self.channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        return f"{sizes}, groups={self.groups}, stride={self.stride}"
 
 
 class PyramidSqueezeBottleneck(Block):

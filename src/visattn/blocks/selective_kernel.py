@@ -18,9 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.blocks.base import Block, NormLayer, check_map, fold_norm, foldable, folded, make_norm
+from visattn.blocks.base import (
+    Block,
+    NormLayer,
+    check_map,
+    foldable,
+    folded,
+    has_hooks,
+    layout_like,
+    make_norm,
+    plain_conv,
+)
 from visattn.errors import check
-from visattn.ops._shared import eager, recording
+from visattn.ops._shared import eager, precise, recording
 from visattn.ops.convolution import IMPLEMENTATIONS, grouped_conv2d
 from visattn.ops.selective_kernel import branch_descriptor, branch_select, branch_weights
 
@@ -36,13 +46,17 @@ class _Branch(nn.Module):
 
     def forward(self, x: Tensor, *, alone: bool = False) -> Tensor:
         """`alone`: nothing is recorded, so the norm may become part of the convolution, where that is less work."""
-        conv = self.conv
+        conv, norm = self.conv, self.bn
+        if not plain_conv(conv):
+            return cast(Tensor, self.act(norm(conv(x))))
         fold = (
             alone
-            and foldable(self.bn)
+            and foldable(norm)
+            and not has_hooks(norm)
+            and precise(x, conv.weight)
             and conv.weight.numel() * conv.stride[0] ** 2 < x[:, :1].numel() * len(conv.weight)
         )
-        weight, bias = fold_norm(conv.weight, conv.bias, self.bn) if fold else (conv.weight, conv.bias)
+        weight, bias = folded(conv.weight, conv.bias, norm) if fold else (conv.weight, conv.bias)
         out = grouped_conv2d(
             x,
             weight,
@@ -53,12 +67,11 @@ class _Branch(nn.Module):
             groups=conv.groups,
             impl=self.impl,
         )
-        if not fold:
-            out = self.bn(out)
-        if type(self.act) is nn.ReLU and type(self.bn) is nn.BatchNorm2d and self.impl != "reference":
+        out = out if fold else norm(out)
+        known = type(self.act) is nn.ReLU and type(norm) is nn.BatchNorm2d
+        if known and self.impl != "reference" and not has_hooks(self.act) and not has_hooks(norm):
             return F.relu_(out)  # neither convolution nor norm looks at its output again
-        activated: Tensor = self.act(out)
-        return activated
+        return cast(Tensor, self.act(out))
 
 
 class SelectiveKernel(Block):
@@ -200,7 +213,8 @@ class SelectiveKernel(Block):
         return "reference" if self.impl == "reference" else "auto"
 
     def _alone(self, x: Tensor) -> bool:
-        return self.impl != "reference" and not torch.is_grad_enabled() and eager(x)
+        watched = any(has_hooks(module) for module in self.convs.modules())
+        return self.impl != "reference" and not watched and not torch.is_grad_enabled() and eager(x)
 
     def _branches(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         alone = self._alone(x)
@@ -212,7 +226,8 @@ class SelectiveKernel(Block):
         """(B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         check_map(self, x, self.channels)
         features, logits = self._branches(x)
-        return branch_select(features, logits, overwrite=self._alone(x), impl=self._plainness)
+        out = branch_select(features, logits, overwrite=self._alone(x), impl=self._plainness)
+        return layout_like(out, x)
 
     def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
         """`branch`: (B, K, C), each channel's weights over the branches."""
@@ -240,8 +255,11 @@ class _FusedBranch(nn.Module):
         conv, norm = branch.conv, branch.bn
         self.stride, self.padding, self.dilation = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
         self.groups, self.act = conv.groups, branch.act
-        fold = foldable(norm)
-        weight, bias = folded(conv.weight, conv.bias, norm) if fold else (conv.weight, conv.bias)
+        weight, bias, fold = conv.weight, conv.bias, foldable(norm)
+        if fold:
+            weight, bias = folded(conv.weight, conv.bias, norm)
+            if not (weight.isfinite().all() and bias.isfinite().all()):  # float16 has an end
+                weight, bias, fold = conv.weight, conv.bias, False
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.norm = nn.Identity() if fold else norm
@@ -304,7 +322,8 @@ class FusedSelectiveKernel(nn.Module):
         hidden = hidden if self.fc_act is None else self.fc_act(hidden)
         logits = F.linear(hidden.flatten(1), self.select_weight, self.select_bias)
         logits = logits.view(-1, len(features), self.out_channels)
-        return branch_select(features, logits, overwrite=eager(x) and not recording(*features, logits))
+        out = branch_select(features, logits, overwrite=eager(x) and not recording(*features, logits))
+        return layout_like(out, x)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

@@ -8,10 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from visattn.ops._shared import differentiate_again, full_precision, need_eager, recording, upcast
+from visattn.ops._shared import (
+    again,
+    differentiate_again,
+    eager,
+    full_precision,
+    need_eager,
+    precise,
+    recording,
+    upcast,
+)
 
-__all__ = ["KEPT", "PIECE", "attend_in_pieces"]
+__all__ = ["KEPT", "PIECE", "attend_fused", "attend_in_pieces"]
 
 # Entries of the attention matrix at hand at one time: 8 MB of float32, about what a core's share of the cache holds. A
 # GPU wants more work at a time. Up to KEPT entries the matrix of a training step is kept for the backward pass; larger
@@ -84,7 +94,8 @@ def _forward(
     if rows == value.shape[2]:
         out = torch.empty_like(value)  # the layout of the values too: heads that are a view of tokens or of a map
     else:
-        out = query.new_empty(batch, rows, heads, value.shape[3]).transpose(1, 2)
+        width = value.shape[3]
+        out = query.new_empty_strided((batch, heads, rows, width), (rows * heads * width, width, heads * width, 1))
     buffer = _buffer(query, key) if kept is None else query.new_empty(0)
     for sample, some, part in _pieces(query, key):
         q, k = query[sample, some, part], key[sample, some]
@@ -101,6 +112,18 @@ def _forward(
     return out
 
 
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout_p: float = 0.0
+) -> Tensor:
+    if mask is None:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
+    # What a fused kernel gives for a row without keys depends on the kernel: let it attend everywhere, then zero it.
+    empty = mask.all(dim=-1, keepdim=True)
+    keep = ~mask | empty  # torch's mask has the opposite meaning
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout_p, scale=scale)
+    return out.masked_fill(empty, 0.0)
+
+
 class _Attention(torch.autograd.Function):
     """Attention whose backward pass goes piece by piece too, in the arithmetic of torch's own softmax and products."""
 
@@ -114,7 +137,12 @@ class _Attention(torch.autograd.Function):
         mask: Tensor | None,
         scale: float,
         plain: Any,
+        fused: bool,
     ) -> Tensor:
+        if fused:
+            ctx.save_for_backward(query, key, value, weights, mask, None)
+            ctx.scale, ctx.plain = scale, plain
+            return _fused(query, key, value, mask, scale)
         keep = math.prod(query.shape[:3]) * key.shape[2] <= KEPT.get(query.device.type, KEPT["cpu"])
         kept = query.new_empty(*query.shape[:3], key.shape[2]) if keep else None
         out = _forward(query, key, value, weights, mask, scale, kept)
@@ -131,14 +159,14 @@ class _Attention(torch.autograd.Function):
     def _backward(ctx: Any, gradient: Tensor) -> Any:
         query, key, value, weights, mask, kept = ctx.saved_tensors
         scale, needed = ctx.scale, ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            again = differentiate_again(
+        if again(gradient):
+            plain = differentiate_again(
                 lambda q, k, v, w: ctx.plain(q, k, v, mask, w, scale),
                 (query, key, value, weights),
                 needed[:4],
                 gradient,
             )
-            return (*again, None, None, None)
+            return (*plain, None, None, None, None)
         d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))  # heads stay views of tokens
         d_weights = torch.zeros_like(weights) if weights is not None and needed[3] else None
         buffer = _buffer(query, key)
@@ -165,7 +193,7 @@ class _Attention(torch.autograd.Function):
                 d_scores.mul_(factor)
             torch.baddbmm(d_q, d_scores, k, beta=0, alpha=scale, out=d_q)
             torch.baddbmm(d_k, d_scores.transpose(1, 2), q, beta=beta, alpha=scale, out=d_k)
-        return d_query, d_key, d_value, d_weights, None, None, None
+        return d_query, d_key, d_value, d_weights, None, None, None, None
 
 
 def attend_in_pieces(
@@ -197,9 +225,43 @@ def attend_in_pieces(
     """
     need_eager("pieces", query, key, value, weights, mask)
     with full_precision(query):
-        query, key, value = upcast(query), upcast(key), upcast(value)
+        shared = torch.broadcast_shapes(query.shape[:2], key.shape[:2], value.shape[:2])  # type: ignore[no-untyped-call]
+        query, key, value = (upcast(x).expand(*shared, *x.shape[2:]) for x in (query, key, value))
         weights = None if weights is None else weights.to(query.dtype)
         if recording(query, key, value, weights):
-            out: Tensor = _Attention.apply(query, key, value, weights, mask, scale, plain)
+            out: Tensor = _Attention.apply(query, key, value, weights, mask, scale, plain, False)
             return out
         return _forward(query, key, value, weights, mask, scale)
+
+
+def attend_fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plain: Any,
+    *,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Torch's fused attention, with gradients of our own in float32.
+
+    Its kernels compute the softmax of the backward pass from a log-sum-exp. Where the softmax saturates, that loses
+    more digits of float32 gradients than the budget of visattn.testing allows; 16-bit types have none to lose.
+
+    Args:
+        query: (B, heads, Nq, D).
+        key: (B, heads, Nk, D).
+        value: (B, heads, Nk, E).
+        plain: See `attend_in_pieces`.
+        scale: Of the scores.
+        mask: See `attend_in_pieces`.
+        dropout_p: Share of attention entries dropped; then the gradients are torch's.
+    """
+    ours = dropout_p == 0 and query.dtype == torch.float32 and recording(query, key, value)
+    if ours and eager(query, key, value, mask) and precise(query, key, value):
+        shared = torch.broadcast_shapes(query.shape[:2], key.shape[:2], value.shape[:2])  # type: ignore[no-untyped-call]
+        expanded = (x.expand(*shared, *x.shape[2:]) for x in (query, key, value))
+        out: Tensor = _Attention.apply(*expanded, None, mask, scale, plain, True)
+        return out
+    return _fused(query, key, value, mask, scale, dropout_p)

@@ -13,11 +13,13 @@ from torch.autograd import forward_ad
 from visattn.errors import check
 
 __all__ = [
+    "autocasting",
     "choose",
     "differentiate_again",
     "eager",
     "empty_map",
     "full_precision",
+    "map_layout",
     "need_eager",
     "precise",
     "recording",
@@ -38,11 +40,15 @@ def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Switch autocast off on the device of `x`, so that matrix products keep their inputs' precision."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else contextlib.nullcontext()
 
 
 def eager(*tensors: Tensor | None) -> bool:
@@ -78,14 +84,18 @@ def need_eager(impl: str, *tensors: Tensor | None) -> None:
 def precise(*tensors: Tensor) -> bool:
     """Whether all are float32 or all float64, and autocast would leave them so."""
     dtypes = {tensor.dtype for tensor in tensors}
-    autocast = torch.is_autocast_enabled(tensors[0].device.type)
-    return dtypes in ({torch.float32}, {torch.float64}) and not autocast
+    return dtypes in ({torch.float32}, {torch.float64}) and not autocasting(tensors[0])
+
+
+def map_layout(x: Tensor) -> torch.memory_format:
+    """The memory format of a map: contiguous, or channels-last where it is that alone."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def empty_map(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for a map like `x` (B, C, H, W), contiguous or channels-last as `x` is, and the same seen as (B, C, N)."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    out = torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+    """Memory for a map like `x` (B, C, H, W), in the layout of `x`, and the same seen as (B, C, N)."""
+    out = torch.empty_like(x, memory_format=map_layout(x))
     return out, out.view(*x.shape[:2], -1)
 
 
@@ -94,10 +104,15 @@ def recording(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def again(gradient: Tensor) -> bool:
+    """Whether a backward pass needs plain operations: it is recorded itself, or runs for many gradients at once."""
+    return torch.is_grad_enabled() or not eager(gradient)
+
+
 def differentiate_again(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], gradient: Tensor
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated themselves, for `create_graph=True`: those of the plain operations.
+    """Gradients of the plain operations, which can be differentiated themselves (`create_graph=True`) or batched.
 
     Args:
         function: The plain form of an op.
@@ -105,7 +120,7 @@ def differentiate_again(
         needed: Which of them get a gradient.
         gradient: That of its result.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), full_precision(gradient):
         wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need and tensor is not None]
         found = iter(torch.autograd.grad(function(*inputs), wanted, gradient, create_graph=True, allow_unused=True))
     return [next(found) if need and tensor is not None else None for tensor, need in zip(inputs, needed, strict=True)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visattn.ops._shared import choose, differentiate_again, eager, full_precision, precise, recording
+from visattn.ops._shared import again, choose, differentiate_again, eager, full_precision, precise, recording
 
 __all__ = ["IMPLEMENTATIONS", "best_form", "grouped_conv2d"]
 
@@ -104,11 +104,11 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.numbers
         needed = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            again = differentiate_again(
+        if again(gradient):
+            plain = differentiate_again(
                 lambda x, weight: F.conv2d(x, weight, None, *ctx.numbers), (x, weight), needed[:2], gradient
             )
-            return (*again, gradient.sum(dim=(0, 2, 3)) if ctx.bias else None, None, None, None, None, None)
+            return (*plain, gradient.sum(dim=(0, 2, 3)) if ctx.bias else None, None, None, None, None, None)
         d_x = d_weight = None
         with full_precision(x):
             merge = weight.shape[2] < 5
@@ -242,7 +242,8 @@ def grouped_conv2d(
         dilation: As in `conv2d`.
         groups: As in `conv2d`.
         impl: "auto", by sizes and device; "reference", conv2d as it is; "channels_last", in that layout; "merged",
-            narrow groups put together; "depthwise", sums of depthwise convolutions.
+            narrow groups put together; "depthwise", sums of depthwise convolutions. The last
+            two have zeros between groups, so that an infinity or NaN of one group may reach others.
 
     Returns:
         (B, D, H', W'), in channels-last layout where the form works in it.

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visattn.ops._attention import PIECE, attend_in_pieces
+from visattn.ops._attention import KEPT, PIECE, attend_fused, attend_in_pieces
 from visattn.ops._shared import (
+    again,
     choose,
     differentiate_again,
     eager,
@@ -62,16 +63,15 @@ def _one_head(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, N, channels)
 
 
-def _position_fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    q, k, v = _one_head(query), _one_head(key), _one_head(value)
-    out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-    return out.squeeze(1).transpose(1, 2).reshape(value.shape)
-
-
 def _plain(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, weights: Tensor | None, scale: float
 ) -> Tensor:
     return (query @ key.transpose(2, 3)).softmax(dim=-1) @ value
+
+
+def _position_fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    out = attend_fused(_one_head(query), _one_head(key), _one_head(value), _plain)
+    return out.squeeze(1).transpose(1, 2).reshape(value.shape)
 
 
 def _position_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -79,22 +79,36 @@ def _position_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out.squeeze(1).transpose(1, 2).reshape(value.shape).to(value.dtype)
 
 
-def best_position(device: str, *, buffers: bool, precise: bool) -> str:
+def best_position(device: str, *, compiling: bool, buffers: bool, precise: bool, entries: int) -> str:
     """The implementation that "auto" takes.
 
-    On a CPU torch's fused kernels want queries as wide as values, and in float32 their gradients lose digits where the
-    softmax saturates. 16-bit inputs on a GPU are what they are for.
+    On a CPU torch's fused kernels want queries as wide as values, and anywhere they know no second derivatives. 16-bit
+    inputs on a GPU, and compilers, are what they are for.
 
     Args:
         device: Type of the device.
+        compiling: Whether a compiler or an exporter is at work.
         buffers: Whether code with buffers of its own may serve the tensors.
         precise: Whether they are float32 or float64, without autocast.
+        entries: Size of the attention matrix.
     """
-    return "pieces" if buffers and (precise or device == "cpu") else "fused"
+    if compiling or not (precise or (buffers and device == "cpu")):
+        return "fused"
+    small = entries <= KEPT.get(device, KEPT["cpu"])
+    if buffers and (device == "cpu" or not small):  # a GPU wants all samples at once
+        return "pieces"
+    return "reference" if small else "fused"
 
 
 def _position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    name = best_position(query.device.type, buffers=eager(query, key, value), precise=precise(query, key, value))
+    compiling = torch.compiler.is_compiling()
+    name = best_position(
+        query.device.type,
+        compiling=compiling,
+        buffers=eager(query, key, value),
+        precise=precise(query, key, value),
+        entries=0 if compiling else query.shape[0] * (query.shape[2] * query.shape[3]) ** 2,
+    )
     return _POSITION[name](query, key, value)
 
 
@@ -208,7 +222,7 @@ def position_residual(
 def _gram(flat: Tensor) -> Tensor:
     """`X X^T` of (B, C, N); of large ones only what lies on and above the diagonal blocks is computed."""
     channels = flat.shape[1]
-    if not eager(flat) or flat.device.type != "cpu" or channels < 256:
+    if flat.device.type != "cpu" or channels < 256:
         return flat @ flat.transpose(1, 2)
     out = flat.new_empty(flat.shape[0], channels, channels)
     step = -(-channels // 4)
@@ -290,7 +304,7 @@ def _add_mixed(mixing: Tensor, flat: Tensor, like: Tensor) -> Tensor:
 
 
 class _ChannelResidual(torch.autograd.Function):
-    """`(gamma A) X + X`: gamma goes into the small matrix, the residual into the product, forward and backward."""
+    """`(gamma A) X + X`: gamma goes into the small matrix, and a gradient that has two sources is written once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
@@ -303,14 +317,14 @@ class _ChannelResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, gamma, attention = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            again = differentiate_again(
+        if again(gradient):
+            plain = differentiate_again(
                 lambda x, gamma: _channel_residual_plain(x, gamma, ctx.inverted),
                 (x, gamma),
                 ctx.needs_input_grad[:2],
                 gradient,
             )
-            return (*again, None)
+            return (*plain, None)
         with full_precision(x):
             flat, flat_gradient = x.flatten(2), gradient.flatten(2)
             d_mixing = flat_gradient @ flat.transpose(1, 2)
@@ -326,8 +340,8 @@ class _ChannelResidual(torch.autograd.Function):
 
 def _channel_residual_buffered(x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
     need_eager("buffered", x, gamma)
-    dtype = x.dtype
-    x, gamma = upcast(x), gamma.to(upcast(x).dtype)
+    dtype, x = x.dtype, upcast(x)
+    gamma = gamma.to(x.dtype)
     with full_precision(x):
         if recording(x, gamma):
             recorded: Tensor = _ChannelResidual.apply(x, gamma, inverted)
@@ -358,8 +372,8 @@ def channel_residual(x: Tensor, gamma: Tensor, *, inverted: bool = True, impl: s
         x: (B, C, H, W).
         gamma: One number.
         inverted: As for `channel_attention`.
-        impl: "auto"; "reference"; "plain", in ordinary operations; "buffered", gamma and the residual made part of the
-            products, not for compilers.
+        impl: "auto"; "reference"; "plain", in ordinary operations; "buffered", gamma made part of the small matrix and
+            half of the symmetric one computed, not for compilers.
 
     Returns:
         (B, C, H, W).

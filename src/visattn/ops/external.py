@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from visattn.errors import check
 from visattn.ops._shared import (
+    again,
     choose,
     differentiate_again,
     eager,
@@ -34,6 +35,7 @@ __all__ = [
     "external_attention",
     "external_attention_2d",
     "external_residual_2d",
+    "external_residual_eval",
 ]
 
 
@@ -235,8 +237,11 @@ def _attend(x: Tensor, into_slots: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return attention.div_(total), total
 
 
-def _residual_eval(x: Tensor, into_slots: Tensor, out_of_slots: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """`relu(x + shift + V A)`, the map written once."""
+def external_residual_eval(x: Tensor, into_slots: Tensor, out_of_slots: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """`relu(x + shift + V A)`, the map written once.
+
+    The product starts from `x + shift`: with one term for each slot it is short enough to lose nothing by it.
+    """
     out, flat_out = empty_map(x)
     attention, _ = _attend(x.flatten(2), into_slots, eps)
     torch.add(x.flatten(2), shift[:, None], out=flat_out)
@@ -244,10 +249,14 @@ def _residual_eval(x: Tensor, into_slots: Tensor, out_of_slots: Tensor, shift: T
     return out.relu_()
 
 
+def _variance(out_of_slots: Tensor, covariance: Tensor) -> Tensor:
+    """`v Cov(A) v^T` for each row v of `W2 Mv`; rounding may leave it a little below zero."""
+    return ((out_of_slots @ covariance) * out_of_slots).sum(dim=1).clamp_min(0)
+
+
 def _scaled(out_of_slots: Tensor, covariance: Tensor, weight: Tensor, norm_eps: float) -> Tensor:
-    """`W2 Mv` times what a batch norm multiplies each channel with: its variance is `v Cov(A) v^T`."""
-    variance = ((out_of_slots @ covariance) * out_of_slots).sum(dim=1)
-    return out_of_slots * (weight * (variance + norm_eps).rsqrt())[:, None]
+    """`W2 Mv` times what a batch norm multiplies each channel with."""
+    return out_of_slots * (weight * (_variance(out_of_slots, covariance) + norm_eps).rsqrt())[:, None]
 
 
 class _ResidualTrain(torch.autograd.Function):
@@ -280,7 +289,7 @@ class _ResidualTrain(torch.autograd.Function):
         torch.add(flat, bias[:, None], out=flat_out)
         torch.baddbmm(flat_out, values.expand(flat.shape[0], -1, -1), centred, out=flat_out)
         out.relu_()
-        variance = ((out_of_slots @ covariance) * out_of_slots).sum(dim=1)
+        variance = _variance(out_of_slots, covariance)
         ctx.save_for_backward(
             x, into_slots, out_of_slots, weight, bias, out, attention, total, centred, covariance, values
         )
@@ -294,14 +303,14 @@ class _ResidualTrain(torch.autograd.Function):
         x, into_slots, out_of_slots, weight, bias, out, attention, total, centred, covariance, values = (
             ctx.saved_tensors
         )
-        if torch.is_grad_enabled():
-            again = differentiate_again(
+        if again(gradient):
+            plain = differentiate_again(
                 partial(_train_plain, ctx.eps, ctx.norm_eps),
                 (x, into_slots, out_of_slots, weight, bias),
                 ctx.needs_input_grad[:5],
                 gradient,
             )
-            return (*again, None, None)
+            return (*plain, None, None)
         with full_precision(x):
             flat = x.flatten(2)
             batch, count = flat.shape[0], flat.shape[0] * flat.shape[2]
@@ -369,7 +378,7 @@ def _residual_buffered(
         out_of_slots = (out_weight.flatten(1) * scale[:, None]) @ value_memory
         shift = bias - norm.running_mean.to(x.dtype) * scale
         if not recording(x, into_slots, out_of_slots, shift):
-            return _residual_eval(x, into_slots, out_of_slots, shift, eps).to(dtype)
+            return external_residual_eval(x, into_slots, out_of_slots, shift, eps).to(dtype)
         attention = _double_normalize(torch.matmul(into_slots, x.flatten(2)), eps)
         return F.relu(x + shift[:, None, None] + torch.matmul(out_of_slots, attention).view(x.shape)).to(dtype)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visattn.errors import check
-from visattn.ops._attention import KEPT, attend_in_pieces
+from visattn.ops._attention import KEPT, attend_fused, attend_in_pieces
 from visattn.ops._shared import choose, eager, full_precision, precise, upcast
 
 __all__ = ["IMPLEMENTATIONS", "best_multihead", "multihead_attention", "multihead_weights"]
@@ -81,13 +81,7 @@ def _fused(
     dropout_p: float,
 ) -> Tensor:
     check(weights is None, "multihead_attention", "impl='fused' knows no attention_weights", attention_weights="given")
-    if mask is None:
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
-    # What a fused kernel gives for a row without keys depends on the kernel: let it attend everywhere, then zero it.
-    empty = mask.all(dim=-1, keepdim=True)
-    keep = ~mask | empty  # torch's mask has the opposite meaning
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout_p, scale=scale)
-    return out.masked_fill(empty, 0.0)
+    return attend_fused(query, key, value, _reference, scale=scale, mask=mask, dropout_p=dropout_p)
 
 
 def _pieces(
@@ -104,26 +98,28 @@ def _pieces(
     return out.to(value.dtype)
 
 
-def best_multihead(device: str, *, buffers: bool, precise: bool, entries: int, weights: bool, dropout: bool) -> str:
+def best_multihead(
+    device: str, *, compiling: bool, buffers: bool, precise: bool, entries: int, weights: bool, dropout: bool
+) -> str:
     """The implementation that "auto" takes.
 
-    torch's fused kernels know no weights, and in float32 their gradients lose digits where the softmax saturates:
-    theirs are the matrices too large to be kept, and the 16-bit types.
+    torch's fused kernels know no weights and no second derivatives, and in float32 their gradients have to be ours
+    (see `attend_fused`): theirs are the matrices too large to be kept, the 16-bit types, and what compilers look at.
 
     Args:
         device: Type of the device.
+        compiling: Whether a compiler or an exporter is at work.
         buffers: Whether code with buffers of its own may serve the tensors.
         precise: Whether they are float32 or float64, without autocast.
         entries: Size of the attention matrix.
         weights: Whether there are attention weights.
         dropout: Whether there is dropout.
     """
-    if not buffers:
-        return "reference" if weights else "fused"
-    small = entries <= KEPT.get(device, KEPT["cpu"])
+    small = not compiling and entries <= KEPT.get(device, KEPT["cpu"])
     if not weights and not (precise and small):
         return "fused"
-    return "reference" if dropout or (device != "cpu" and small) else "pieces"  # a GPU wants all samples at once
+    # A GPU wants all samples at once.
+    return "reference" if compiling or not buffers or dropout or (device != "cpu" and small) else "pieces"
 
 
 def _auto(
@@ -135,12 +131,13 @@ def _auto(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    buffers = eager(query, key, value, weights, mask)
+    compiling = torch.compiler.is_compiling()
     name = best_multihead(
         query.device.type,
-        buffers=buffers,
+        compiling=compiling,
+        buffers=eager(query, key, value, weights, mask),
         precise=precise(query, key, value),
-        entries=math.prod(query.shape[:3]) * key.shape[2] if buffers else 0,  # a compiler has symbols here
+        entries=0 if compiling else math.prod(query.shape[:3]) * key.shape[2],  # a compiler has symbols here
         weights=weights is not None,
         dropout=dropout_p > 0,
     )

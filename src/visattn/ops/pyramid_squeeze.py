@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visattn.ops._shared import choose, differentiate_again, eager, recording, upcast
+from visattn.errors import check
+from visattn.ops._shared import again, choose, differentiate_again, eager, recording, upcast
 
 __all__ = ["pyramid_squeeze", "pyramid_weights"]
 
@@ -55,14 +56,14 @@ class _Weighted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         weights, *features = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            again = differentiate_again(
+        if again(gradient):
+            plain = differentiate_again(
                 lambda weights, *features: _weighted_plain(features, weights),
                 (weights, *features),
                 (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]),
                 gradient,
             )
-            return (again[0], None, *again[1:])
+            return (plain[0], None, *plain[1:])
         scales, channels = weights.shape[1:]
         if features[0].is_contiguous(memory_format=torch.channels_last):
             gradient = gradient.contiguous(memory_format=torch.channels_last)
@@ -77,8 +78,8 @@ class _Weighted(torch.autograd.Function):
 
 def _auto(features: Sequence[Tensor], gates: Tensor, layout: torch.memory_format) -> Tensor:
     weights = pyramid_weights(gates).to(features[0].dtype)
-    if not eager(gates, *features) or len({feature.dtype for feature in features}) > 1:
-        return _weighted_plain(features, weights)
+    if not eager(gates, *features) or len({(feature.dtype, feature.shape) for feature in features}) > 1:
+        return _weighted_plain(features, weights).contiguous(memory_format=layout)
     if recording(weights, *features):
         out: Tensor = _Weighted.apply(weights, layout, *features)
         return out
@@ -104,12 +105,19 @@ def pyramid_squeeze(
         (B, K * C, H, W) in the dtype of the features, channels of the last branch first.
 
     Raises:
-        ValueError: Unknown `impl`.
+        ValueError: Unknown `impl`, or another number of maps than of gates.
 
     Example:
         >>> pyramid_squeeze([torch.randn(2, 6, 3, 5), torch.randn(2, 6, 3, 5)], torch.rand(2, 2, 6)).shape
         torch.Size([2, 12, 3, 5])
     """
+    check(
+        len(features) == gates.shape[1],
+        "pyramid_squeeze",
+        "there must be as many gates as maps",
+        features=len(features),
+        gates=tuple(gates.shape),
+    )
     if choose("pyramid_squeeze", impl, {"auto": _auto, "reference": _reference}) is _auto:
         return _auto(features, gates, layout)
     return _reference(features, gates).contiguous(memory_format=layout)

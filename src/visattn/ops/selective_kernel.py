@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from visattn.errors import check
 from visattn.ops._shared import choose, upcast
 
 __all__ = ["branch_descriptor", "branch_select", "branch_weights"]
@@ -89,12 +90,19 @@ def branch_select(features: Sequence[Tensor], logits: Tensor, *, overwrite: bool
         (B, C, H, W) in the dtype of the features.
 
     Raises:
-        ValueError: Unknown `impl`.
+        ValueError: Unknown `impl`, or another number of maps than of logits.
 
     Example:
         >>> branch_select([torch.randn(2, 6, 3, 5), torch.randn(2, 6, 3, 5)], torch.randn(2, 2, 6)).shape
         torch.Size([2, 6, 3, 5])
     """
+    check(
+        len(features) == logits.shape[1],
+        "branch_select",
+        "there must be as many logits as maps",
+        features=len(features),
+        logits=tuple(logits.shape),
+    )
     if choose("branch_select", impl, {"auto": _select, "reference": _select_reference}) is _select:
         return _select(features, logits, overwrite)
     return _select_reference(features, logits)

@@ -77,7 +77,7 @@ def verify(
                 results.append(Result(case, "skipped", [reason]))
                 continue
             if impl != "all" and impl not in implementations(case):
-                results.append(Result(case, "skipped", [f"its block has no implementation {impl!r}"]))
+                results.append(Result(case, "skipped", [f"its block has no implementation {impl!r} for it"]))
                 continue
             results.append(check_case(case, device=place, dtype=_DTYPES[dtype], impl=impl, debug=debug))
     _print(console, results, device, dtype)
