@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from visattn.benchmarks.results import OURS
+from visattn.benchmarks.results import OURS, geometric_mean
 
 __all__ = ["show"]
 
@@ -51,6 +51,16 @@ def summary_lines(content: dict[str, Any]) -> list[str]:
         f"(geometric mean of {entry['shapes']}), least {entry['worst_ratio']:.2f} at {entry['worst']}"
         for entry in content["summary"]
     ]
+    for mode in content["settings"]["modes"]:
+        rows = {(row["shape"], row["contender"]): row for row in content["rows"] if row["mode"] == mode}
+        bounds = [
+            rows[shape, "reference"]["median_ms"] / row["limit_ms"]
+            for (shape, contender), row in rows.items()
+            if contender == OURS and rows.get((shape, "reference"), {}).get("median_ms") and row["limit_ms"]
+        ]
+        if bounds:
+            mean = f"{geometric_mean(bounds):.2f} times as fast as reference (geometric mean of {len(bounds)})"
+            lines.append(f"{mode}: the limit of this machine would be {mean}")
     without = sum(row["median_ms"] is None and row["contender"] == OURS for row in content["rows"])
     return [*lines, *([f"{without} without a time, in no mean: not equal or failed"] if without else [])]
 
