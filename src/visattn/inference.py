@@ -234,10 +234,14 @@ def fuse(net: nn.Module) -> nn.Module:
 
     Every visattn block is replaced by its fused form: norms are part of the convolutions before them, small matrices
     are multiplied, linear layers on the same input are one. Of the network around them, batch norms become part of the
-    convolutions whose output they alone take; timm's norms keep their activation. A pair is left as it is wherever it
-    is not certain: something with a hook or a parametrisation, used twice, or held in two places; transposed
-    convolutions; linear layers. Where torch.fx cannot follow a forward pass, pairs within `torch.nn.Sequential` are
-    found all the same, taken to be called as a whole.
+    convolutions whose output they alone take; timm's norms keep their activation. A pair is left as it is where the
+    forward passes do not show that it is one: something with a hook or a parametrisation, used twice, or held in two
+    places; transposed convolutions; linear layers. Where torch.fx cannot follow a forward pass, pairs within
+    `torch.nn.Sequential` are found all the same.
+
+    Modules are taken to be called as modules, not by other methods or part by part, with optional arguments left out or
+    given as a whole; a branch on the type of a tensor is not seen. Compare outputs once where a network does such
+    things.
 
     The result can be copied, pickled, compiled and exported. Fused blocks know no `impl`, and `visattn.capture` does
     not see them: look at the original. Subclasses of blocks, and blocks with hooks, stay as they are.

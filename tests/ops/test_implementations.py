@@ -204,7 +204,8 @@ def test_the_descriptor_of_large_float16_maps_is_finite():
 
 
 def _residual(x, *rest):
-    norm = BatchNorm(rest[5], rest[6], torch.zeros(3).double(), torch.ones(3).double(), True)
+    statistics = torch.zeros_like(rest[5]).detach(), torch.ones_like(rest[5]).detach()
+    norm = BatchNorm(rest[5], rest[6], *statistics, True)
     return external_residual_2d(x, *rest[:5], norm)
 
 
@@ -225,6 +226,36 @@ def test_second_derivatives(name):
     inputs = [normal(*shape, seed=index) for index, shape in enumerate(shapes)]
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs, atol=1e-4, rtol=1e-3)
+
+
+DEPENDENT = {
+    "pyramid": lambda x: pyramid_squeeze([x, x.sin()], torch.stack([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1)),
+    "channel": lambda x: channel_residual(x, x.mean().view(1)),
+    "convolution": lambda x: grouped_conv2d(x, x[:1, :2, :3, :3].expand(4, -1, -1, -1) * 1.0, padding=1, groups=2),
+    "position": lambda x: position_attention(x, x.cos(), x * 2),
+    "multihead": lambda x: multihead_attention(x, x.cos(), x * 2, attention_weights=x[..., :1] ** 2),
+    "external": lambda x: _residual(
+        x, *(x.flatten()[: 16 if i in (0, 4) else 4 if i in (1, 5, 6) else 8].reshape(s) for i, s in enumerate(_SIZES))
+    ),
+}
+_SIZES = [(4, 4, 1, 1), (4,), (2, 4), (4, 2), (4, 4, 1, 1), (4,), (4,)]
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_gradients_that_are_recorded_are_the_same_where_inputs_depend_on_each_other(name):
+    x = normal(2, 4, 5, 3)
+    quiet = torch.autograd.grad(DEPENDENT[name](x).square().sum(), x)[0]
+    recorded = torch.autograd.grad(DEPENDENT[name](x).square().sum(), x, create_graph=True)[0]
+    assert torch.allclose(recorded, quiet, rtol=1e-9, atol=1e-10)
+    assert torch.autograd.grad(recorded.square().sum(), x)[0].isfinite().all()
+
+
+def test_an_input_from_inference_mode_with_parameters_that_train():
+    with torch.inference_mode():
+        x = torch.randn(2, 4, 5, 3)
+    gamma = torch.ones(1, requires_grad=True)
+    channel_residual(x, gamma).sum().backward()
+    assert gamma.grad is not None
 
 
 # torch.func refuses every batch norm that updates its statistics.

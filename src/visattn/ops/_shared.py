@@ -55,7 +55,8 @@ def eager(*tensors: Tensor | None) -> bool:
     """Whether code that writes into buffers of its own, or brings its own gradients, may serve these tensors.
 
     It may not where something looks at the operations one by one: compilers and exporters, `torch.func`, forward-mode
-    derivatives, subclasses of tensors. Nor for empty tensors, which the plain operations treat as users know.
+    derivatives, subclasses of tensors. Nor for empty tensors, and inference tensors outside their mode, which the plain
+    operations treat as users know.
     """
     return (
         not torch.compiler.is_compiling()
@@ -63,7 +64,9 @@ def eager(*tensors: Tensor | None) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and all(
-            type(tensor) in (Tensor, torch.nn.Parameter) and tensor.numel() > 0
+            type(tensor) in (Tensor, torch.nn.Parameter)
+            and tensor.numel() > 0
+            and not (tensor.is_inference() and torch.is_grad_enabled())
             for tensor in tensors
             if tensor is not None
         )
@@ -105,14 +108,14 @@ def recording(*tensors: Tensor | None) -> bool:
 
 
 def again(gradient: Tensor) -> bool:
-    """Whether a backward pass needs plain operations: it is recorded itself, or runs for many gradients at once."""
+    """Whether a backward pass needs plain operations, being recorded itself or transformed by torch.func."""
     return torch.is_grad_enabled() or not eager(gradient)
 
 
 def differentiate_again(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], gradient: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of the plain operations, which can be differentiated themselves (`create_graph=True`) or batched.
+    """Gradients of the plain operations, which can be differentiated themselves (`create_graph=True`).
 
     Args:
         function: The plain form of an op.
@@ -121,6 +124,8 @@ def differentiate_again(
         gradient: That of its result.
     """
     with torch.enable_grad(), full_precision(gradient):
+        # Aliases: the tensors may depend on one another, and that part of the graph has gradients of its own.
+        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
         wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need and tensor is not None]
         found = iter(torch.autograd.grad(function(*inputs), wanted, gradient, create_graph=True, allow_unused=True))
     return [next(found) if need and tensor is not None else None for tensor, need in zip(inputs, needed, strict=True)]
