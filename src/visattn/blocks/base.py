@@ -135,8 +135,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def plain_conv(conv: nn.Module) -> bool:
-    """Whether a call of a convolution does what its class says and no more, so that its numbers may be used without."""
-    return type(conv) is nn.Conv2d and not has_hooks(conv)
+    """Whether a call of a convolution does what its class says and no more, so that its numbers may be used without.
+
+    Compilers see the call: they choose for themselves.
+    """
+    return not torch.compiler.is_compiling() and type(conv) is nn.Conv2d and not has_hooks(conv)
 
 
 def layout_like(out: Tensor, x: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ __all__ = ["ExternalAttention", "ExternalAttention2d", "MultiHeadExternalAttenti
 def batch_norm_tensors(norm: nn.Module) -> BatchNorm | None:
     """What the op needs of a plain batch norm, counting its batch; None for every other norm."""
     if (
-        type(norm) is not nn.BatchNorm2d
+        torch.compiler.is_compiling()
+        or type(norm) is not nn.BatchNorm2d
         or has_hooks(norm)
         or norm.weight is None
         or norm.bias is None

@@ -213,8 +213,9 @@ class SelectiveKernel(Block):
         return "reference" if self.impl == "reference" else "auto"
 
     def _alone(self, x: Tensor) -> bool:
-        watched = any(has_hooks(module) for module in self.convs.modules())
-        return self.impl != "reference" and not watched and not torch.is_grad_enabled() and eager(x)
+        if self.impl == "reference" or torch.is_grad_enabled() or not eager(x):
+            return False
+        return not any(has_hooks(module) for module in self.convs.modules())
 
     def _branches(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         alone = self._alone(x)
