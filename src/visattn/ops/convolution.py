@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visattn.ops._shared import again, choose, differentiate_again, eager, full_precision, precise, recording
+from visattn.ops._shared import again, choose, differentiate_again, eager, full_precision, precise, recording, upcast
 
 __all__ = ["IMPLEMENTATIONS", "best_form", "grouped_conv2d"]
 
@@ -157,6 +157,8 @@ def _depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int, groups: int
 ) -> Tensor:
     """One depthwise convolution for each output of a group, then sums over the group."""
+    dtype, x, weight = x.dtype, upcast(x), upcast(weight)  # each part would be rounded to 16 bits before the sum
+    bias = None if bias is None else upcast(bias)
     out_channels, width = weight.shape[:2]
     outputs = out_channels // groups
     sums = []
@@ -165,7 +167,7 @@ def _depthwise(
         summing = torch.eye(groups, dtype=x.dtype, device=x.device).repeat_interleave(width, dim=1)
         sums.append(F.conv2d(one, summing[:, :, None, None]))
     out = sums[0] if outputs == 1 else torch.stack(sums, dim=2).flatten(1, 2)
-    return out if bias is None else out + bias[:, None, None]
+    return (out if bias is None else out + bias[:, None, None]).to(dtype)
 
 
 def best_form(device: str, *, size: int, outputs: int, width: int, groups: int, stride: int, positions: int) -> str:
@@ -203,6 +205,8 @@ def _auto(
         stride=stride,
         positions=x.shape[2] * x.shape[3],
     )
+    if name == "depthwise" and not precise(x, weight):
+        name = "channels_last"
     form = _CONVOLUTION[name]
     if name != "reference" and min(outputs, width) < _LANES and recording(x, weight, bias) and precise(x, weight):
         out: Tensor = _Convolution.apply(x, weight, bias, *numbers, form)
