@@ -1,12 +1,15 @@
-"""The device that a user names."""
+"""The device that a user names, and its arithmetic."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from visattn.errors import UserError
 
-__all__ = ["find_device"]
+__all__ = ["find_device", "precise_matmul"]
 
 
 def find_device(name: str, command: str) -> torch.device:
@@ -29,3 +32,15 @@ def find_device(name: str, command: str) -> torch.device:
     if device.type == "cuda" and f"cuda:{device.index or 0}" not in here:
         raise UserError(f"no device {name!r} here. Devices here: {', '.join(here)}")
     return device
+
+
+@contextmanager
+def precise_matmul() -> Iterator[None]:
+    """Switch off TF32, whose float32 is not, and put the settings back."""
+    backends = torch.backends
+    before = (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32)
+    try:
+        backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = before

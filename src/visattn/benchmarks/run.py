@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from visattn.benchmarks.registry import Shape
 from visattn.benchmarks.results import Row
 from visattn.benchmarks.settings import Settings
 from visattn.benchmarks.timing import SECONDS, Timed, interleave, summarise
+from visattn.devices import precise_matmul
 from visattn.errors import one_line
 from visattn.profile import MIB, device_name
 
@@ -62,7 +62,7 @@ def bench(
         file = results.target(file, results.file_name(device_name(device), date, settings.dtype))
     measured: list[_Measurement] = []
     skipped: list[dict[str, str]] = []
-    with _precise_matmul():
+    with precise_matmul():
         say("measuring the machine")
         limits = rates(device, dtype)
         tasks = [(shape, mode) for shape in shapes for mode in settings.modes]
@@ -232,18 +232,6 @@ def _merge(rows: list[Row], theirs: list[Row]) -> list[Row]:
                     peer.ratio = reference / peer.median_ms
                 merged.append(peer)
     return merged
-
-
-@contextmanager
-def _precise_matmul() -> Iterator[None]:
-    """Switch off TF32, whose float32 is not, and put the settings back."""
-    backends = torch.backends
-    before = (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32)
-    try:
-        backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = False
-        yield
-    finally:
-        backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = before
 
 
 def passed(content: dict[str, Any]) -> bool:

@@ -196,6 +196,12 @@ class _Attention(torch.autograd.Function):
         return d_query, d_key, d_value, d_weights, None, None, None, None
 
 
+def _expanded(*tensors: Tensor) -> list[Tensor]:
+    """All with the batch and the heads that they broadcast to."""
+    shared = torch.broadcast_shapes(*(x.shape[:2] for x in tensors))  # type: ignore[no-untyped-call]  # torch has no types
+    return [x.expand(*shared, *x.shape[2:]) for x in tensors]
+
+
 def attend_in_pieces(
     query: Tensor,
     key: Tensor,
@@ -225,8 +231,7 @@ def attend_in_pieces(
     """
     need_eager("pieces", query, key, value, weights, mask)
     with full_precision(query):
-        shared = torch.broadcast_shapes(query.shape[:2], key.shape[:2], value.shape[:2])  # type: ignore[no-untyped-call]
-        query, key, value = (upcast(x).expand(*shared, *x.shape[2:]) for x in (query, key, value))
+        query, key, value = _expanded(upcast(query), upcast(key), upcast(value))
         weights = None if weights is None else weights.to(query.dtype)
         if recording(query, key, value, weights):
             out: Tensor = _Attention.apply(query, key, value, weights, mask, scale, plain, False)
@@ -260,8 +265,6 @@ def attend_fused(
     """
     ours = dropout_p == 0 and query.dtype == torch.float32 and recording(query, key, value)
     if ours and eager(query, key, value, mask) and precise(query, key, value):
-        shared = torch.broadcast_shapes(query.shape[:2], key.shape[:2], value.shape[:2])  # type: ignore[no-untyped-call]
-        expanded = (x.expand(*shared, *x.shape[2:]) for x in (query, key, value))
-        out: Tensor = _Attention.apply(*expanded, None, mask, scale, plain, True)
+        out: Tensor = _Attention.apply(*_expanded(query, key, value), None, mask, scale, plain, True)
         return out
     return _fused(query, key, value, mask, scale, dropout_p)

@@ -6,7 +6,6 @@ import ast
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -21,7 +20,7 @@ from visattn.checkpoints import PUBLISHED, Published
 from visattn.testing.tolerance import FLOAT64_TOLERANCE, NEIGHBOURS, budget_used, deviation, nudge, relative_error
 from visattn.verify.cases import Case
 
-__all__ = ["GROUPS", "Result", "check_case", "group_of", "implementations", "precise_matmul", "skip_reason"]
+__all__ = ["GROUPS", "Result", "check_case", "group_of", "implementations", "skip_reason"]
 
 GROUPS = ("outputs", "input_gradients", "parameter_gradients", "buffers")
 
@@ -429,15 +428,3 @@ def _compare_low(
             lost = f"deviation {deviation(actual, exact):.2g}, {used:.2g} times the budget"
             which = "" if impl == "auto" else f' (impl="{impl}")'
             result.fail(f"{name}: {lost} in {str(dtype).removeprefix('torch.')}{which}")
-
-
-@contextmanager
-def precise_matmul() -> Iterator[None]:
-    """Switch off TF32, whose float32 is not, and put the settings back."""
-    backends = torch.backends
-    before = (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32)
-    try:
-        backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = False
-        yield
-    finally:
-        backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = before

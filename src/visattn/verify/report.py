@@ -17,12 +17,12 @@ from rich.text import Text
 
 import visattn
 from visattn import blocks, registry
-from visattn.devices import find_device
+from visattn.devices import find_device, precise_matmul
 from visattn.errors import UserError, did_you_mean
 from visattn.profile import device_name
 from visattn.testing.tolerance import FLOAT64_TOLERANCE, NEIGHBOURS
 from visattn.verify.cases import SHIPPED, Case, load_cases
-from visattn.verify.check import GROUPS, Result, check_case, group_of, implementations, precise_matmul, skip_reason
+from visattn.verify.check import GROUPS, Result, check_case, group_of, implementations, skip_reason
 from visattn.writing import writable, write_text
 
 __all__ = ["verify"]
