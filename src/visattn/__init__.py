@@ -22,6 +22,7 @@ from visattn.blocks import (
 from visattn.capture import capture
 from visattn.inference import fuse
 from visattn.registry import create, list_blocks
+from visattn.replacement import replace
 from visattn.surgery import find_places, insert
 
 __version__ = "0.1.0"
@@ -51,4 +52,5 @@ __all__ = [
     "fuse",
     "insert",
     "list_blocks",
+    "replace",
 ]

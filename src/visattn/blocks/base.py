@@ -38,9 +38,12 @@ class Block(nn.Module):
 
     Attributes:
         impls: What its argument `impl` may be, "auto" and "reference" first; empty where it has none.
+        activated: Whether it ends in a norm and an activation of its own, so that `visattn.replace` takes those
+            behind the convolution away.
     """
 
     impls: ClassVar[tuple[str, ...]] = ()
+    activated: ClassVar[bool] = False
 
     def attention_maps(self, *inputs: Any, **options: Any) -> dict[str, Tensor]:
         """Maps by kind, for the arguments of `forward` and `queries`; empty where a block's parts speak for it.

@@ -117,6 +117,7 @@ class PyramidSqueezeAttention(Block):
         kernel_size: One odd size per scale.
         groups: One group count per scale.
         stride: Stride of the convolutions.
+        dilation: Widens every kernel, as where a network keeps its resolution instead of taking a stride.
         reduction: Of the SE part.
         gate_layer: Of the SE part.
         impl: "auto", "reference", or a form of the convolutions, see `visattn.ops.convolution.grouped_conv2d`.
@@ -151,6 +152,7 @@ class PyramidSqueezeAttention(Block):
         kernel_size: Sequence[int] = (3, 5, 7, 9),
         groups: Sequence[int] = (1, 4, 8, 16),
         stride: int = 1,
+        dilation: int = 1,
         reduction: int = 16,
         gate_layer: Callable[[], nn.Module] = nn.Sigmoid,
         impl: str = "auto",
@@ -171,7 +173,14 @@ class PyramidSqueezeAttention(Block):
         )
         odd = all(k >= 1 and k % 2 == 1 for k in kernel_size)
         check(odd, name, "kernel_size needs odd sizes", kernel_size=kernel_size)
-        check(min(groups) >= 1 and stride >= 1, name, "groups and stride must be >= 1", groups=groups, stride=stride)
+        check(
+            min(*groups, stride, dilation) >= 1,
+            name,
+            "groups, stride and dilation must be >= 1",
+            groups=groups,
+            stride=stride,
+            dilation=dilation,
+        )
         each = math.lcm(*groups)  # for the paper's powers of two this is the largest
         unit = scales * math.lcm(each, reduction)
         remedy = f"Use a multiple of {unit}."
@@ -196,8 +205,8 @@ class PyramidSqueezeAttention(Block):
             out_channels=out_channels,
             reduction=reduction,
         )
-        self.channels, self.out_channels, self.stride, self.impl = channels, out_channels, stride, impl
-        self.kernel_size, self.groups = kernel_size, groups
+        self.channels, self.out_channels, self.impl = channels, out_channels, impl
+        self.kernel_size, self.groups, self.stride, self.dilation = kernel_size, groups, stride, dilation
         share = out_channels // scales
         for index, (size, group) in enumerate(zip(kernel_size, groups, strict=True), start=1):
             conv = nn.Conv2d(
@@ -205,7 +214,8 @@ class PyramidSqueezeAttention(Block):
                 share,
                 size,
                 stride=stride,
-                padding=size // 2,
+                padding=dilation * (size // 2),
+                dilation=dilation,
                 groups=group,
                 bias=False,
                 device=device,
@@ -227,9 +237,16 @@ class PyramidSqueezeAttention(Block):
             if not plain_conv(conv):
                 features.append(conv(x))
                 continue
-            padding = int(conv.padding[0])
             features.append(
-                grouped_conv2d(x, conv.weight, stride=self.stride, padding=padding, groups=conv.groups, impl=self.impl)
+                grouped_conv2d(
+                    x,
+                    conv.weight,
+                    stride=self.stride,
+                    padding=int(conv.padding[0]),
+                    dilation=self.dilation,
+                    groups=conv.groups,
+                    impl=self.impl,
+                )
             )
         means = torch.stack([feature.mean(dim=(2, 3)) for feature in features], dim=1)  # (B, K, C)
         gates = self.se.excite(means.flatten(0, 1)[..., None, None])
@@ -253,7 +270,7 @@ class PyramidSqueezeAttention(Block):
     def extra_repr(self) -> str:
         """Sizes, for printing."""
         sizes = f"{self.channels}, {self.out_channels}, kernel_size={self.kernel_size}"
-        return f"{sizes}, groups={self.groups}, stride={self.stride}"
+        return f"{sizes}, groups={self.groups}, stride={self.stride}, dilation={self.dilation}"
 
 
 class PyramidSqueezeBottleneck(Block):

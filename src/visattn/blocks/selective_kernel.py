@@ -88,6 +88,7 @@ class SelectiveKernel(Block):
         kernel_size: One odd size per branch.
         dilated: Build kernels above 3 as dilated 3x3.
         stride: Stride of the branches.
+        dilation: Widens every branch, as where a network keeps its resolution instead of taking a stride.
         groups: Groups of the branches; default the largest power of two up to the paper's 32 that divides both widths.
         reduction: The hidden vector has `max(min_hidden, out_channels // reduction)` entries.
         min_hidden: See `reduction`.
@@ -118,6 +119,7 @@ class SelectiveKernel(Block):
     """
 
     impls = IMPLEMENTATIONS
+    activated = True
 
     def __init__(
         self,
@@ -127,6 +129,7 @@ class SelectiveKernel(Block):
         kernel_size: Sequence[int] = (3, 5),
         dilated: bool = True,
         stride: int = 1,
+        dilation: int = 1,
         groups: int | None = None,
         reduction: int = 16,
         min_hidden: int = 32,
@@ -158,25 +161,26 @@ class SelectiveKernel(Block):
         odd = len(kernel_size) >= 1 and all(k >= 1 and k % 2 == 1 for k in kernel_size)
         check(odd, name, "kernel_size needs odd sizes, one per branch", kernel_size=kernel_size)
         check(
-            stride >= 1 and reduction >= 1 and min_hidden >= 1,
+            min(stride, dilation, reduction, min_hidden) >= 1,
             name,
-            "stride, reduction and min_hidden must be >= 1",
+            "stride, dilation, reduction and min_hidden must be >= 1",
             stride=stride,
+            dilation=dilation,
             reduction=reduction,
             min_hidden=min_hidden,
         )
         self.channels, self.out_channels, self.kernel_size = channels, out_channels, kernel_size
-        self.dilated, self.stride, self.groups, self.impl = dilated, stride, groups, impl
+        self.dilated, self.stride, self.dilation, self.groups, self.impl = dilated, stride, dilation, groups, impl
         self.convs = nn.ModuleList()
         for k in kernel_size:
-            size, dilation = (3, (k - 1) // 2) if dilated and k > 3 else (k, 1)
+            size, widened = (3, dilation * (k - 1) // 2) if dilated and k > 3 else (k, dilation)
             conv = nn.Conv2d(
                 channels,
                 out_channels,
                 size,
                 stride=stride,
-                padding=dilation * (size - 1) // 2,
-                dilation=dilation,
+                padding=widened * (size - 1) // 2,
+                dilation=widened,
                 groups=groups,
                 bias=bias,
                 device=device,
@@ -237,7 +241,7 @@ class SelectiveKernel(Block):
     def extra_repr(self) -> str:
         """Sizes, for printing."""
         sizes = f"{self.channels}, {self.out_channels}, kernel_size={self.kernel_size}, dilated={self.dilated}"
-        return f"{sizes}, stride={self.stride}, groups={self.groups}"
+        return f"{sizes}, stride={self.stride}, dilation={self.dilation}, groups={self.groups}"
 
     def fused(self) -> nn.Module:
         """`FusedSelectiveKernel`, where its linear layers are torch's."""
