@@ -70,8 +70,8 @@ class Replacement:
         for holder, key, _, new in self._changes:
             if holder._modules.get(key) is not new:
                 raise RuntimeError(
-                    f"remove: {key} of {type(holder).__name__} is not what was put there. What came later, an insertion "
-                    "for instance, has to be removed first."
+                    f"remove: {key} of {type(holder).__name__} is not what was put there. What came later, such as an "
+                    "insertion, has to be removed first."
                 )
         for holder, key, old, _ in self._changes:
             holder._modules[key] = old
@@ -234,7 +234,7 @@ def _behind(holder: nn.Module, key: str, conv: nn.Conv2d) -> Iterator[str]:
     if isinstance(holder, nn.Sequential):
         names = list(children)
         following = names[names.index(key) + 1 :]
-        norm, activation = (following + ["", ""])[:2]
+        norm, activation = [*following, "", ""][:2]
     else:
         number = re.fullmatch(r"conv_?(\d*)", key)
         if number is None:
@@ -254,7 +254,9 @@ def _behind(holder: nn.Module, key: str, conv: nn.Conv2d) -> Iterator[str]:
 
 def _described(conv: nn.Conv2d) -> str:
     size = f"{conv.in_channels} -> {conv.out_channels}, {conv.kernel_size[0]}x{conv.kernel_size[1]}"
-    extras = [f"{name} {value}" for name, value in (("stride", conv.stride[0]), ("dilation", conv.dilation[0])) if value > 1]
+    extras = [
+        f"{name} {value}" for name, value in (("stride", conv.stride[0]), ("dilation", conv.dilation[0])) if value > 1
+    ]
     extras += [f"{conv.groups} groups"] if conv.groups > 1 else []
     return ", ".join([f"conv {size}", *extras])
 
