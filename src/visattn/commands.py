@@ -102,6 +102,19 @@ def bench(
 
 
 @app.command()
+def audit(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Count parameters and multiply-adds of the papers' networks and compare them with the published ones."""
+    require("timm", extra="compare", purpose="visattn audit")
+    from visattn.models.audit import audit as run
+
+    if not run(json_file):
+        raise typer.Exit(1)
+
+
+@app.command()
 def compare(
     data: Annotated[
         str, typer.Option(help="cluttered-digits, a folder of images by class, or a name timm.data opens.")
