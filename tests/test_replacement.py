@@ -124,7 +124,7 @@ def test_blocks_dilate():
         reference.load_state_dict(block.state_dict())
         assert block(x).shape == (2, 64, 5, 4)
         assert relative_error(block(x), reference(x)) < FLOAT64_TOLERANCE
-        with pytest.raises(ValueError, match="dilation must be >= 1|dilation, reduction"):
+        with pytest.raises(ValueError, match=r"dilation must be >= 1|dilation, reduction"):
             cls(64, dilation=0)
 
 
@@ -163,7 +163,7 @@ def test_wrong_arguments():
         ValueError, match=r"got 'dual'. Choose from pyramid_squeeze, selective_kernel, or use visattn.insert"
     ):
         visattn.replace(net, "dual", at="0")
-    with pytest.raises(ValueError, match="got an instance of SelectiveKernel. Give the class"):
+    with pytest.raises(ValueError, match=r"got an instance of SelectiveKernel. Give the class"):
         visattn.replace(net, SelectiveKernel(64), at="0")
     with pytest.raises(ValueError, match="unknown block"):
         visattn.replace(net, "sq", at="0")

@@ -68,6 +68,9 @@ def bench(
     names: Annotated[
         list[str] | None, typer.Argument(help="Mechanisms, short names or blocks; all by default.", metavar="NAME")
     ] = None,
+    networks: Annotated[
+        bool, typer.Option("--networks", help="Time the papers' whole networks instead; NAMEs are theirs then.")
+    ] = False,
     shapes: Annotated[str, typer.Option(help="paper, small, or map sizes such as 56x56,28x28.")] = Bench.shapes,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = Bench.device,
     dtype: Annotated[str, typer.Option(help=f"One of: {', '.join(DTYPES)}.")] = Bench.dtype,
@@ -95,6 +98,12 @@ def bench(
         gate=not no_gate,
         json_file=json_file,
     )
+    if networks:
+        from visattn.benchmarks.networks import bench as bench_networks
+
+        if not bench_networks(settings):
+            raise typer.Exit(1)
+        return
     content = run.bench(settings, debug=debug)
     report.show(content)
     if not run.passed(content):

@@ -87,7 +87,7 @@ def test_wrong_arguments():
         ValueError, match=r"danet: backbone 'test_vit' has features of strides .*, got output_stride=8. Use"
     ):
         models.danet("test_vit")
-    with pytest.raises(ValueError, match="eanet: multi_grid needs a ResNet with a factor for each unit .*units=3"):
+    with pytest.raises(ValueError, match=r"eanet: multi_grid needs a ResNet with a factor for each unit .*units=3"):
         models.eanet("resnet50", multi_grid=(1, 2))
     with pytest.raises(ValueError, match="eanet: multi_grid needs a ResNet"):
         models.eanet("test_convnext", multi_grid=(1, 2, 4))

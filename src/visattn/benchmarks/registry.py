@@ -202,15 +202,23 @@ def shapes(which: str = "paper", names: Iterable[str] = ()) -> list[Shape]:
     chosen = _named(_small() if which == "small" else _paper(), list(names))
     if which in SETS:
         return chosen
-    sizes = [_size(word.strip(), which) for word in which.split(",")]
+    sizes = [map_size(word.strip(), which) for word in which.split(",")]
     firsts: dict[str, Shape] = {}
     for shape in chosen:
         firsts.setdefault(shape.mechanism, shape)
     return [shape.at(height, width) for shape in firsts.values() for height, width in dict.fromkeys(sizes)]
 
 
-def _size(word: str, which: str) -> tuple[int, int]:
-    """A map size written as HxW."""
+def map_size(word: str, which: str) -> tuple[int, int]:
+    """A map size written as HxW.
+
+    Args:
+        word: The size.
+        which: All that was given, for the message.
+
+    Raises:
+        UserError: It is none, or far too large.
+    """
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", word)
     if match is None:
         known = f"{', '.join(SETS)} or map sizes such as 56x56,28x28"

@@ -44,8 +44,8 @@ class Settings:
     gate: bool = True
     json_file: Path | None = None
 
-    def resolve(self) -> tuple[list[Shape], torch.device, torch.dtype]:
-        """The shapes, the device and the precision.
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """The device and the precision.
 
         Raises:
             UserError: A value that is none of the choices.
@@ -54,7 +54,16 @@ class Settings:
             raise UserError(f"unknown dtype {self.dtype!r}. Choose from {', '.join(DTYPES)}")
         _choose("mode", self.modes, MODES)
         _choose("contender for --against", self.against, AGAINST)
-        return shapes(self.shapes, self.names), find_device(self.device, "bench"), getattr(torch, self.dtype)
+        return find_device(self.device, "bench"), getattr(torch, self.dtype)
+
+    def resolve(self) -> tuple[list[Shape], torch.device, torch.dtype]:
+        """The shapes, the device and the precision.
+
+        Raises:
+            UserError: A value that is none of the choices.
+        """
+        device, dtype = self.place()
+        return shapes(self.shapes, self.names), device, dtype
 
     def record(self) -> dict[str, Any]:
         """What decides the results, as JSON."""
