@@ -155,7 +155,7 @@ def started(tmp_path, pictures):
     with folder.opened(), folder.new_trial("plain", 0) as path:
         weights = plan.build(plan.arms[0], 0)[0].state_dict()
         save_file(weights, path / "weights.safetensors", {key: str(value) for key, value in marks.items()})
-        write_json(path / "result.json", {**marks, "top1": 0.5, "epochs": [{}]})
+        write_json(path / "result.json", {**marks, "score": 0.5, "epochs": [{}]})
     RunFolder(plan)  # as it is, it is taken
     return path.with_name("plain-seed0")
 

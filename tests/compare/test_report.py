@@ -36,9 +36,16 @@ def build(folder, top1=TOP1, seeds=(0, 1, 2), classes=("zero", "one"), title="{}
     """A small run folder; an accuracy of None leaves the trial out."""
     kinds = {"plain": "plain", "control": "control"}
     run = {
-        "format": 1,
+        "format": 2,
         "command": "visattn compare --data tiny-images --out out",
-        "settings": {"data": name, "backbone": "resnet10t", "epochs": 2, "seeds": list(seeds), "lr": 0.001},
+        "settings": {
+            "task": "classification",
+            "data": name,
+            "backbone": "resnet10t",
+            "epochs": 2,
+            "seeds": list(seeds),
+            "lr": 0.001,
+        },
         "versions": {"visattn": "0.1.0", "torch": "2.6.0"},
         "hardware": {"device": "a processor", "cores": 2},
         "dataset": {"name": name, "classes": list(classes), "train": 40, "val": 10, "image_size": [12, 10]},
@@ -58,11 +65,11 @@ def build(folder, top1=TOP1, seeds=(0, 1, 2), classes=("zero", "one"), title="{}
             if value is None:
                 continue
             trial = folder / "trials" / f"{arm}-seed{seed}"
-            epochs = [{"epoch": 1, "val_top1": value / 2}, {"epoch": 2, "val_top1": value}]
+            epochs = [{"epoch": 1, "val_score": value / 2}, {"epoch": 2, "val_score": value}]
             gates = {} if arm == "plain" else {"layer2": 0.1 + seed / 100}
             write_json(
                 trial / "result.json",
-                {"arm": arm, "seed": seed, "top1": value, "seconds": 60, "epochs": epochs, "gates": gates},
+                {"arm": arm, "seed": seed, "score": value, "seconds": 60, "epochs": epochs, "gates": gates},
             )
             if examples and seed == seeds[0]:
                 save_examples(trial / "examples.npz", arm)
@@ -248,7 +255,7 @@ def test_one_epoch_and_two_arms_are_enough(tmp_path):
     folder = build(tmp_path, {"plain": (0.8,), "dual": (0.8,)}, seeds=(0,), examples=False)
     for path in folder.glob("trials/*/result.json"):
         result = json.loads(path.read_text())
-        write_json(path, {**result, "epochs": [{"epoch": 1, "val_top1": None}], "gates": {}})
+        write_json(path, {**result, "epochs": [{"epoch": 1, "val_score": None}], "gates": {}})
     html = write_report(folder).read_text()
     assert "Learning curves" not in html
     assert "How far each gate opened" not in html
@@ -259,12 +266,12 @@ def test_one_epoch_and_two_arms_are_enough(tmp_path):
     ("path", "content", "rule"),
     [
         ("run.json", "{", "it cannot be read"),
-        ("run.json", '{"format": 2}', "must have format 1, got format=2"),
-        ("run.json", '{"format": 1, "settings": {"seeds": []}}', "settings.seeds must be a list of whole numbers"),
+        ("run.json", '{"format": 1}', "must have format 2, got format=1"),
+        ("run.json", '{"format": 2, "settings": {"seeds": []}}', "settings.seeds must be a list of whole numbers"),
         ("costs/dual.json", "[]", "it must hold a JSON object, got list"),
         ("costs/dual.json", '{"flops": "many"}', "`flops` must be a number, got 'many'"),
         ("trials/dual-seed1/result.json", "", "it cannot be read"),
-        ("trials/dual-seed1/result.json", '{"top1": 0.5}', "`epochs` must be a list, got None"),
+        ("trials/dual-seed1/result.json", '{"score": 0.5}', "`epochs` must be a list, got None"),
         ("trials/dual-seed0/examples.npz", "not an archive", "it cannot be read"),
         ("failures/dual-seed2.json", "{}", "`reason` must be a str, got None"),
     ],

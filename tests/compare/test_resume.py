@@ -27,7 +27,7 @@ def results(out):
     for path in sorted(out.glob("trials/*/result.json")):
         result = json.loads(path.read_text())
         epochs = [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in result["epochs"]]
-        found[path.parent.name] = (result["top1"], epochs, result["gates"], result["step0_difference"])
+        found[path.parent.name] = (result["score"], epochs, result["gates"], result["step0_difference"])
     return found
 
 

@@ -43,7 +43,7 @@ def test_a_run_leaves_what_the_report_needs(settings, capsys):
     out = settings.out
     assert report == out / "report.html"
     written = read(out / "run.json")
-    assert written["format"] == 1
+    assert written["format"] == 2
     assert [arm["name"] for arm in written["arms"]] == ["plain", "dual", "control"]
     assert written["places"] == [{"name": "stages.1", "shape": [64, 8, 8], "layout": "map"}]
     assert written["dataset"]["classes"] == ["left", "right"]
@@ -53,9 +53,9 @@ def test_a_run_leaves_what_the_report_needs(settings, capsys):
 
     result = read(out / "trials" / "dual-seed0" / "result.json")
     assert result["step0_difference"] == 0
-    assert result["top1"] == result["epochs"][-1]["val_top1"]
+    assert result["score"] == result["epochs"][-1]["val_score"]
     assert list(result["gates"]) == ["stages.1"]
-    assert (out / "trials" / "dual-seed0" / "epochs.csv").read_text().startswith("epoch,train_loss,train_top1,")
+    assert (out / "trials" / "dual-seed0" / "epochs.csv").read_text().startswith("epoch,train_loss,train_score,")
     weights = load_file(out / "trials" / "dual-seed0" / "weights.safetensors")
     assert weights["stages.1.gate"].item() == result["gates"]["stages.1"]
     with np.load(out / "trials" / "dual-seed0" / "examples.npz") as examples:
@@ -188,7 +188,7 @@ def test_the_default_place_is_the_deepest_map_of_seven_by_seven(name, size, plac
 def test_progress_on_a_terminal_is_one_line():
     stream = io.StringIO()
     stream.isatty = lambda: True
-    progress = Progress(2, [("plain", 0), ("dual", 0)], stream)
+    progress = Progress(2, [("plain", 0), ("dual", 0)], "top-1", stream)
     progress.start("plain", 0)
     progress.epoch(1, 0.5, 10.0)
     progress.epoch(2, 0.75, 10.0)
@@ -198,7 +198,7 @@ def test_progress_on_a_terminal_is_one_line():
 
 def test_progress_elsewhere_is_one_line_an_epoch():
     stream = io.StringIO()
-    progress = Progress(1, [("plain", 0)], stream)
+    progress = Progress(1, [("plain", 0)], "top-1", stream)
     progress.start("plain", 0)
     progress.batch(1, 1, 5)
     progress.epoch(1, 0.5, 1.0)

@@ -28,7 +28,7 @@ def test_no_source_digit_is_in_both_splits():
 def test_image_holds_the_whole_digit_brightened_by_clutter_only():
     rng = np.random.default_rng(0)
     digits = rng.integers(0, 256, size=(5, 28, 28), dtype=np.uint8)
-    images = draw(digits, rng)
+    images, _ = draw(digits, rng)
     assert images.shape == (5, 60, 60)
     for image, digit in zip(images, digits, strict=True):
         windows = np.lib.stride_tricks.sliding_window_view(image, (28, 28)).reshape(-1, 28, 28)
@@ -38,7 +38,7 @@ def test_image_holds_the_whole_digit_brightened_by_clutter_only():
 
 
 def test_clutter_is_there_and_sums_are_clipped_not_wrapped():
-    images = draw(np.full((6, 28, 28), 255, dtype=np.uint8), np.random.default_rng(1))
+    images, _ = draw(np.full((6, 28, 28), 255, dtype=np.uint8), np.random.default_rng(1))
     assert set(np.unique(images)) == {0, 255}
     assert (images.reshape(6, -1) > 0).sum(axis=1).max() > 28 * 28
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visattn.data import files, open_data
+from visattn.data import open_data, pictures
 from visattn.errors import UserError
 
 SIZE = {"backbone_size": 224, "fixed_size": False}
@@ -72,7 +72,7 @@ def test_validation_images_are_fixed(folder):
 
 def test_images_read_anew_are_those_kept_in_memory(folder, monkeypatch):
     kept = open_data(str(folder), **SIZE).train.batch(torch.arange(6), seed=0, epoch=1)
-    monkeypatch.setattr(files, "MEMORY", 0)
+    monkeypatch.setattr(pictures, "MEMORY", 0)
     anew = open_data(str(folder), **SIZE).train
     assert anew.kept is None
     assert torch.equal(anew.batch(torch.arange(6), seed=0, epoch=1), kept)
@@ -90,7 +90,7 @@ def test_unreadable_images_are_named_or_skipped_and_counted(folder):
 
 
 def test_an_image_beyond_the_limit_is_refused_before_it_is_decoded(folder, monkeypatch):
-    monkeypatch.setattr(files, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
     with pytest.raises(UserError, match="41 x 37 pixels are more than the limit of 1,000"):
         open_data(str(folder), **SIZE)
 

@@ -21,8 +21,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from matplotlib.transforms import Bbox
 
 from visattn.compare.reading import Arm, Trial
+from visattn.tasks import Task
 
-__all__ = ["Look", "accuracy_against_latency", "learning_curves", "looks", "ticks"]
+__all__ = ["Look", "learning_curves", "looks", "score_against_latency", "ticks"]
 
 # Colours that follow the reader's light or dark scheme: the page defines the variables.
 _INK, _MUTED, _GRID = "#101112", "#707172", "#d0d1d2"
@@ -96,12 +97,12 @@ def _round_steps(count: int, **options: Any) -> MaxNLocator:
 
 
 @mpl.rc_context(_RC)
-def accuracy_against_latency(arms: Sequence[Arm], batch: str, look: dict[str, Look]) -> str | None:
-    """Top-1 against median latency, one labelled point per arm; None where fewer than two arms have both."""
+def score_against_latency(arms: Sequence[Arm], batch: str, look: dict[str, Look], task: Task) -> str | None:
+    """The main score against median latency, one labelled point per arm; None where fewer than two arms have both."""
     points = []
     for arm in arms:
         x = arm.cost.latency_ms.get(batch, (math.nan, math.nan))[0] if arm.cost else math.nan
-        ys = [100 * trial.top1 for trial in arm.trials.values() if math.isfinite(trial.top1)]
+        ys = [100 * trial.score for trial in arm.trials.values() if math.isfinite(trial.score)]
         if ys and math.isfinite(x) and x > 0:
             points.append((arm, x, ys))
     if len(points) < 2:
@@ -117,22 +118,22 @@ def accuracy_against_latency(arms: Sequence[Arm], batch: str, look: dict[str, Lo
     if axes.get_xscale() == "linear":
         axes.set_xlim(left, right + 0.35 * (right - left))  # room for the labels of the slowest arms
     axes.set_xlabel(f"latency, median of one batch of {batch} in ms", color=_MUTED, fontsize=_SMALL)
-    axes.set_ylabel("top-1 in %", color=_MUTED, fontsize=_SMALL)
+    axes.set_ylabel(f"{task.score} in %", color=_MUTED, fontsize=_SMALL)
     labels = [
         _Label(_short(arm.title), look[arm.name].colour, x, sum(ys) / len(ys), min(ys), max(ys))
         for arm, x, ys in points
     ]
     _place_labels(figure, axes, labels)
     means = "; ".join(f"{arm.title}: {x:.2f} ms, {sum(ys) / len(ys):.1f}%" for arm, x, ys in points)
-    return _svg(figure, f"Top-1 accuracy against median latency at batch {batch}. {means}.")
+    return _svg(figure, f"{task.heading} against median latency at batch {batch}. {means}.")
 
 
 @mpl.rc_context(_RC)
 def learning_curves(
-    arm: Arm, plain: Arm, look: dict[str, Look], limits: tuple[float, float], last_epoch: int
+    arm: Arm, plain: Arm, look: dict[str, Look], limits: tuple[float, float], last_epoch: int, task: Task
 ) -> str | None:
-    """Validation top-1 by epoch: mean over seeds and the band from lowest to highest, with plain behind it."""
-    if not any(math.isfinite(epoch.val_top1) for trial in arm.trials.values() for epoch in trial.epochs):
+    """Validation score by epoch: mean over seeds and the band from lowest to highest, with plain behind it."""
+    if not any(math.isfinite(epoch.val_score) for trial in arm.trials.values() for epoch in trial.epochs):
         return None
     figure, axes = _axes(width=3.1, height=2.0)
     for contender in (arm,) if arm is plain else (plain, arm):
@@ -147,9 +148,9 @@ def learning_curves(
     axes.xaxis.set_major_locator(_round_steps(5, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(_round_steps(4))
     axes.set_xlabel("epoch", color=_MUTED, fontsize=_SMALL)
-    axes.set_ylabel("top-1 in %", color=_MUTED, fontsize=_SMALL)
+    axes.set_ylabel(f"{task.score} in %", color=_MUTED, fontsize=_SMALL)
     epochs, mean, _, _ = _curve(list(arm.trials.values()))
-    text = f"Learning curve of {arm.title}: validation top-1 {mean[0]:.1f}% after epoch {epochs[0]}"
+    text = f"Learning curve of {arm.title}: validation {task.score} {mean[0]:.1f}% after epoch {epochs[0]}"
     return _svg(figure, f"{text}, {mean[-1]:.1f}% after epoch {epochs[-1]}.")
 
 
@@ -157,8 +158,8 @@ def _curve(trials: Sequence[Trial]) -> tuple[list[int], list[float], list[float]
     by_epoch: dict[int, list[float]] = {}
     for trial in trials:
         for epoch in trial.epochs:
-            if math.isfinite(epoch.val_top1):
-                by_epoch.setdefault(epoch.number, []).append(100 * epoch.val_top1)
+            if math.isfinite(epoch.val_score):
+                by_epoch.setdefault(epoch.number, []).append(100 * epoch.val_score)
     epochs = sorted(by_epoch)
     values = [by_epoch[epoch] for epoch in epochs]
     return epochs, [sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]

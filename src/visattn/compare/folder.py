@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from visattn.compare.plan import FORMAT, Plan
+from visattn.compare.plan import Plan
+from visattn.compare.settings import FORMAT
 from visattn.errors import UserError, require
 from visattn.writing import PARTIAL, write_json
 

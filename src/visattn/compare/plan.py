@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 import visattn
 from visattn.compare.arms import Arm, build_arm, build_backbone, choose_places, control_width, list_arms
-from visattn.compare.settings import Settings, resolved
+from visattn.compare.settings import FORMAT, Settings, resolved
 from visattn.data import Dataset, open_data
 from visattn.errors import UserError, one_line, require
 from visattn.profile import device_name
 from visattn.surgery import Insertion, Place, find_places
+from visattn.tasks import Task, task_named
 
-__all__ = ["FORMAT", "Plan", "make_plan"]
+__all__ = ["Plan", "make_plan"]
 
-FORMAT = 1  # of the run folder
 PACKAGES = ("timm", "torchvision", "lightning", "torchmetrics", "mlxtend", "safetensors")
 
 
@@ -48,6 +48,11 @@ class Plan:
     refused: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict, repr=False)
 
+    @property
+    def task(self) -> Task:
+        """What is asked of an image."""
+        return task_named(self.data.task)
+
     def build(self, arm: Arm, seed: int) -> tuple[nn.Module, Insertion | None]:
         """The network of an arm; all arms of one seed share the backbone's weights bit for bit."""
         net = _backbone(self.settings, self.data, seed)
@@ -63,7 +68,7 @@ class Plan:
         """What two runs must share to be one run."""
         return {
             **self.settings.record(),
-            "dataset": {"train": len(self.data.train.labels), "val": len(self.data.val.labels)},
+            "dataset": {"train": len(self.data.train), "val": len(self.data.val)},
             "images": self.data.fingerprint,
         }
 
@@ -86,8 +91,8 @@ class Plan:
                 "name": data.name,
                 "description": data.description,
                 "classes": list(data.classes),
-                "train": len(data.train.labels),
-                "val": len(data.val.labels),
+                "train": len(data.train),
+                "val": len(data.val),
                 "image_size": list(data.image_size),
                 "channels": data.channels,
                 "unreadable": data.unreadable,
@@ -100,7 +105,7 @@ class Plan:
 
 def sample_of(data: Dataset) -> Tensor:
     """Two validation images, on which shapes are found."""
-    return data.val.batch(torch.arange(min(2, len(data.val.labels))), seed=0, epoch=0)
+    return data.val.batch(torch.arange(min(2, len(data.val))), seed=0, epoch=0)
 
 
 def _backbone(settings: Settings, data: Dataset, seed: int) -> nn.Module:
@@ -127,6 +132,7 @@ def make_plan(settings: Settings) -> Plan:
         backbone_size=cfg.input_size[-1],
         fixed_size=bool(cfg.fixed_input_size),
         skip_unreadable=settings.skip_unreadable,
+        task=settings.task,
     )
     sample = sample_of(data)
     net = _backbone(settings, data, 0)

@@ -22,21 +22,24 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A line with arm, seed, epoch, accuracy and the time left: redrawn on a terminal, printed once an epoch elsewhere.
+    """A line with arm, seed, epoch, score and the time left: redrawn on a terminal, printed once an epoch elsewhere.
 
     Args:
         epochs: Epochs of each trial.
         trials: (arm, seed) still to be run.
+        score: What the task calls its main score.
         stream: Where to; default stderr.
     """
 
-    def __init__(self, epochs: int, trials: list[tuple[str, int]], stream: TextIO | None = None) -> None:
+    def __init__(
+        self, epochs: int, trials: list[tuple[str, int]], score: str = "", stream: TextIO | None = None
+    ) -> None:
         self.stream = sys.stderr if stream is None else stream
         self.live = self.stream.isatty()
         self.epochs = epochs
         self.left = [arm for arm, _ in trials]
         self.total, self.number = len(trials), 0
-        self.arm, self.seed, self.accuracy = "", 0, ""
+        self.arm, self.seed, self.score, self.reached = "", 0, score, ""
         self.seconds: dict[str, list[float]] = {}  # of epochs, by arm
         self.drawn = 0.0
 
@@ -44,17 +47,17 @@ class Progress:
         """A trial begins."""
         self.left.remove(arm)
         self.number += 1
-        self.arm, self.seed, self.accuracy = arm, seed, ""
+        self.arm, self.seed, self.reached = arm, seed, ""
 
     def batch(self, epoch: int, step: int, steps: int) -> None:
         """A training step is done."""
         if self.live and time.monotonic() - self.drawn > REFRESH:
             self._draw(epoch, step / steps)
 
-    def epoch(self, epoch: int, top1: float, seconds: float) -> None:
+    def epoch(self, epoch: int, score: float, seconds: float) -> None:
         """An epoch is done."""
         self.seconds.setdefault(self.arm, []).append(seconds)
-        self.accuracy = f"  top-1 {100 * top1:.1f}%"
+        self.reached = f"  {self.score} {100 * score:.1f}%"
         if self.live:
             self._draw(epoch, 1)
         else:
@@ -85,7 +88,7 @@ class Progress:
         eta = "" if left is None else f"  {duration(left)} left"
         return (
             f"trial {self.number}/{self.total}  {self.arm}  seed {self.seed}  epoch {epoch}/{self.epochs}"
-            f"{self.accuracy}{eta}"
+            f"{self.reached}{eta}"
         )
 
     def _draw(self, epoch: int, part: float) -> None:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from visattn.compare.settings import FORMAT
 from visattn.errors import UserError
+from visattn.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,15 +31,16 @@ class Epoch:
     """One line of a learning curve."""
 
     number: int
-    val_top1: float
+    val_score: float
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One finished training."""
+    """One finished training; `details` holds further scores, one number each or one for each class."""
 
     seed: int
-    top1: float
+    score: float
+    details: dict[str, tuple[float, ...]]
     seconds: float
     epochs: tuple[Epoch, ...]
     gates: dict[str, float]
@@ -86,6 +89,7 @@ class Run:
     """The content of a run folder."""
 
     folder: Path
+    task: Task
     command: str
     settings: dict[str, Any]
     versions: dict[str, Any]
@@ -110,12 +114,16 @@ def read_run(folder: Path) -> Run:
     if not path.is_file():
         raise UserError(f"report: a run folder must hold run.json, got {folder}. {_ELSEWHERE}.")
     data = _File(path, _ELSEWHERE)
-    if data.content.get("format") != 1:
-        raise UserError(f"report: {path} must have format 1, got format={data.content.get('format')!r}. {_ELSEWHERE}.")
+    if data.content.get("format") != FORMAT:
+        raise UserError(
+            f"report: {path} must have format {FORMAT}, got format={data.content.get('format')!r}. {_ELSEWHERE}."
+        )
     settings = cast(dict[str, Any], data.get("settings", dict))
     seeds = settings.get("seeds")
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
         raise data.error(f"settings.seeds must be a list of whole numbers, got {seeds!r}")
+    if settings.get("task") not in TASKS:
+        raise data.error(f"settings.task must be one of {', '.join(TASKS)}, got {settings.get('task')!r}")
     arms = []
     for entry in data.get("arms", list):
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or entry.get("kind") not in ARM_KINDS:
@@ -128,6 +136,7 @@ def read_run(folder: Path) -> Run:
         raise data.error(f"every place must have a name, got {places!r}")
     return Run(
         folder=folder,
+        task=TASKS[str(settings["task"])],
         command=cast(str, data.get("command", str)),
         settings=settings,
         versions=cast(dict[str, Any], data.get("versions", dict)),
@@ -204,13 +213,20 @@ def _read_trial(path: Path, seed: int) -> Trial:
     for line in data.get("epochs", list):
         if not isinstance(line, dict) or not isinstance(line.get("epoch"), int):
             raise data.error(f"every entry of `epochs` must have a whole number `epoch`, got {line!r}")
-        epochs.append(Epoch(line["epoch"], data.number(line.get("val_top1"), "val_top1")))
+        epochs.append(Epoch(line["epoch"], data.number(line.get("val_score"), "val_score")))
     gates = data.content.get("gates") or {}
     if not isinstance(gates, dict):
         raise data.error(f"`gates` must be a dict, got {gates!r}")
+    details = data.content.get("details") or {}
+    if not isinstance(details, dict):
+        raise data.error(f"`details` must be a dict, got {details!r}")
     return Trial(
         seed=seed,
-        top1=data.number(data.content.get("top1"), "top1"),
+        score=data.number(data.content.get("score"), "score"),
+        details={
+            str(key): tuple(data.number(part, "details") for part in (value if isinstance(value, list) else [value]))
+            for key, value in details.items()
+        },
         seconds=data.number(data.content.get("seconds"), "seconds"),
         epochs=tuple(epochs),
         gates={str(place): data.number(gate, "gates") for place, gate in gates.items()},

@@ -55,16 +55,16 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _csv(run: Run, summaries: Sequence[Summary]) -> str:
-    """One line per arm; accuracies in percent, differences in points, empty where there is no number."""
+    """One line per arm; scores in percent, differences in points, empty where there is no number."""
     lines = []
     for summary in summaries:
         arm, cost = summary.arm, summary.arm.cost
         line: dict[str, object] = {
             "arm": arm.name,
             "kind": arm.kind,
-            "seeds_finished": summary.top1.count,
+            "seeds_finished": summary.score.count,
             "seeds_planned": len(run.seeds),
-            **_columns("top1_percent", summary.top1),
+            **_columns(f"{run.task.key}_percent", summary.score),
             **_columns("points_over_plain", summary.plain),
             **_columns("points_over_control", summary.control),
             "parameters": cost.parameters if cost else None,
@@ -77,7 +77,7 @@ def _csv(run: Run, summaries: Sequence[Summary]) -> str:
             line |= {f"latency_ms_batch{batch}_p50": p50, f"latency_ms_batch{batch}_p90": p90}
         line["peak_memory_mib"] = cost.peak_memory_mib if cost else None
         line |= {
-            f"top1_percent_seed{seed}": 100 * arm.trials[seed].top1 if seed in arm.trials else None
+            f"{run.task.key}_percent_seed{seed}": 100 * arm.trials[seed].score if seed in arm.trials else None
             for seed in run.seeds
         }
         line |= {"verdict": summary.verdict, "problems": "; ".join(summary.problems)}
@@ -114,7 +114,6 @@ class _Row:
 
 
 COLUMNS = (
-    ("Top-1", "%, 95% CI"),
     ("Over plain", "points, 95% CI"),
     ("Over control", "points, 95% CI"),
     ("Seeds", "finished"),
@@ -133,10 +132,10 @@ def _rows(run: Run, summaries: Sequence[Summary]) -> list[_Row]:
         cost = summary.arm.cost
         latencies = [cost.latency_ms.get(batch, (math.nan, math.nan)) if cost else (math.nan,) * 2 for batch in BATCHES]
         cells = (
-            _accuracy(summary),
+            _score(summary),
             _difference(summary.plain),
             _difference(summary.control),
-            (f"{summary.top1.count} of {len(run.seeds)}", ""),
+            (f"{summary.score.count} of {len(run.seeds)}", ""),
             (_amount(cost.parameters if cost else math.nan), ""),
             (_amount(cost.flops if cost else math.nan), ""),
             (_duration(summary.seconds), ""),
@@ -147,13 +146,13 @@ def _rows(run: Run, summaries: Sequence[Summary]) -> list[_Row]:
     return rows
 
 
-def _accuracy(summary: Summary) -> tuple[str, str]:
-    top1 = summary.top1
-    if top1.count == 0:
+def _score(summary: Summary) -> tuple[str, str]:
+    score = summary.score
+    if score.count == 0:
         return ("failed" if summary.arm.failures else NOTHING), ""
-    if top1.low is None:
-        return f"{top1.mean:.1f}", "one seed, no CI" if top1.count == 1 else "no spread, no CI"
-    return f"{top1.mean:.1f}", f"± {number(top1.mean - top1.low)}"
+    if score.low is None:
+        return f"{score.mean:.1f}", "one seed, no CI" if score.count == 1 else "no spread, no CI"
+    return f"{score.mean:.1f}", f"± {number(score.mean - score.low)}"
 
 
 def _difference(interval: Interval | None) -> tuple[str, str]:
@@ -223,7 +222,7 @@ def _render(template: str, run: Run, summaries: list[Summary], **extra: Any) -> 
         summaries=summaries,
         answer=answer(run, summaries),
         limits=limits(run, summaries),
-        columns=COLUMNS,
+        columns=((run.task.heading, "%, 95% CI"), *COLUMNS),
         rows=_rows(run, summaries),
         flops_convention=FLOPS_CONVENTION,
         memory_notes=sorted({a.cost.peak_memory_note for a in run.arms if a.cost and a.cost.peak_memory_note}),
@@ -232,7 +231,7 @@ def _render(template: str, run: Run, summaries: list[Summary], **extra: Any) -> 
         hardware=_settings(run.hardware),
         dataset=_dataset(run.dataset),
         planned=len(run.arms) * len(run.seeds),
-        finished=sum(summary.top1.count for summary in summaries),
+        finished=sum(summary.score.count for summary in summaries),
         level=f"{100 * LEVEL:.0f}%",
         **extra,
     )
@@ -311,10 +310,10 @@ def _drawings(run: Run, summaries: Sequence[Summary]) -> dict[str, Any]:
     intervals = [interval for s in summaries for interval in (s.plain, s.control) if interval and interval.count]
     ends = [end for interval in intervals for end in (interval.low, interval.mean, interval.high) if end is not None]
     scale = _scale(ends)
-    latency = [figures.accuracy_against_latency(run.arms, batch, look) for batch in BATCHES]
+    latency = [figures.score_against_latency(run.arms, batch, look, run.task) for batch in BATCHES]
     plain = next(arm for arm in run.arms if arm.kind == "plain")
     span, last = _curve_frame(run)
-    curves = [(arm, figures.learning_curves(arm, plain, look, span, last)) for arm in run.arms]
+    curves = [(arm, figures.learning_curves(arm, plain, look, span, last, run.task)) for arm in run.arms]
     shown = attended.attended(run.arms, run.dataset.get("classes") or [])
     gates, gate_scale = _gates(run.arms)
     return {
@@ -335,7 +334,7 @@ def _drawings(run: Run, summaries: Sequence[Summary]) -> dict[str, Any]:
 def _curve_frame(run: Run) -> tuple[tuple[float, float], int]:
     """One frame for all learning curves, so that they can be compared."""
     epochs = [epoch for arm in run.arms for trial in arm.trials.values() for epoch in trial.epochs]
-    values = [100 * epoch.val_top1 for epoch in epochs if math.isfinite(epoch.val_top1)]
+    values = [100 * epoch.val_score for epoch in epochs if math.isfinite(epoch.val_score)]
     if not values:
         return (0.0, 100.0), 1
     margin = 0.05 * (max(values) - min(values)) or 1.0

@@ -105,7 +105,7 @@ def _train_all(plan: Plan, folder: RunFolder) -> int:
     """Run the trials that are not finished; returns how many failed."""
     finished = folder.finished()
     waiting = [(arm, seed) for arm, seed in plan.trials() if (arm.name, seed) not in finished]
-    progress = Progress(plan.settings.epochs, [(arm.name, seed) for arm, seed in waiting])
+    progress = Progress(plan.settings.epochs, [(arm.name, seed) for arm, seed in waiting], plan.task.score)
     if finished and waiting:
         progress.message(f"Continuing: {len(finished)} of {len(plan.trials())} trials are finished.")
     failed = 0
@@ -162,7 +162,7 @@ def estimate(settings: Settings) -> str:
         lines = [_Line.of(plan, arm, sum((arm.name, seed) not in finished for seed in seeds)) for arm in plan.arms]
     settings, data = plan.settings, plan.data
     head = [
-        f"{data.description}: {len(data.train.labels):,} to train on, {len(data.val.labels):,} to measure on, "
+        f"{data.description}: {len(data.train):,} to train on, {len(data.val):,} to measure on, "
         f"{len(data.classes)} classes",
         f"{settings.backbone} at {data.image_size[0]}x{data.image_size[1]}, blocks at "
         + ", ".join(map(str, plan.places)),
@@ -203,8 +203,8 @@ class _Line:
         except Exception as error:  # as in `_measure_all`
             return cls(arm.name, trials, failed=_reason(error))
         data, settings = plan.data, plan.settings
-        steps = (len(data.train.labels) + VAL_STEP * len(data.val.labels)) / settings.batch_size
-        some = torch.arange(min(settings.batch_size, len(data.train.labels)))
+        steps = (len(data.train) + VAL_STEP * len(data.val)) / settings.batch_size
+        some = torch.arange(min(settings.batch_size, len(data.train)))
         data.train.batch(some, seed=0, epoch=0)  # the first batch of an epoch may draw all of it
         started = time.perf_counter()
         data.train.batch(some, seed=0, epoch=0)

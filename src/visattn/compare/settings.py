@@ -12,10 +12,12 @@ import torch
 
 from visattn.errors import UserError, did_you_mean, require
 from visattn.registry import MECHANISMS, resolve
+from visattn.tasks import CLASSIFICATION, TASKS
 
-__all__ = ["DEFAULT_BACKBONE", "PRECISIONS", "Settings", "resolved"]
+__all__ = ["DEFAULT_BACKBONE", "FORMAT", "PRECISIONS", "Settings", "resolved"]
 
 DEFAULT_BACKBONE = "test_byobnet"
+FORMAT = 2  # of the run folder
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -24,6 +26,7 @@ class Settings:
     """Settings of a comparison.
 
     Attributes:
+        task: A key of `visattn.tasks.TASKS`.
         data: `cluttered-digits`, a folder of images, or a name `timm.data` opens.
         backbone: A name of timm.
         mechanisms: Names or aliases of blocks to compare.
@@ -38,6 +41,7 @@ class Settings:
         skip_unreadable: Leave unreadable images out instead of refusing the data.
     """
 
+    task: str = CLASSIFICATION.name
     data: str = "cluttered-digits"
     backbone: str = DEFAULT_BACKBONE
     mechanisms: tuple[str, ...] = MECHANISMS
@@ -53,7 +57,7 @@ class Settings:
 
     def command(self) -> str:
         """The command line that repeats the run."""
-        words = ["visattn", "compare", "--data", self.data, "--backbone", self.backbone]
+        words = ["visattn", "compare", "--task", self.task, "--data", self.data, "--backbone", self.backbone]
         words += ["--mechanisms", ",".join(self.mechanisms), "--at", ",".join(self.at)]
         words += ["--epochs", str(self.epochs), "--seeds", str(self.seeds), "--batch-size", str(self.batch_size)]
         words += ["--lr", str(self.lr), "--device", self.device, "--precision", self.precision]
@@ -63,6 +67,7 @@ class Settings:
     def record(self) -> dict[str, Any]:
         """What decides the results, as JSON; `out` does not."""
         return {
+            "task": self.task,
             "data": self.data,
             "backbone": self.backbone,
             "mechanisms": list(self.mechanisms),
@@ -120,6 +125,8 @@ def resolved(settings: Settings) -> Settings:
     Raises:
         UserError: A setting that cannot be; the message names it.
     """
+    if settings.task not in TASKS:
+        raise UserError(f"--task must be one of {', '.join(TASKS)}, got {settings.task!r}.")
     for option, value in (("epochs", settings.epochs), ("seeds", settings.seeds)):
         if value < 1:
             raise UserError(f"--{option} must be 1 or more, got {value}.")

@@ -13,7 +13,7 @@ __all__ = ["LEVEL", "Interval", "Outcome", "mean_interval", "paired_differences"
 
 LEVEL = 0.95  # two-sided level of every interval in the report
 
-# Accuracies are counts over images, so differences closer than this differ by float rounding alone.
+# Scores are ratios of counts, so differences closer than this differ by float rounding alone.
 _ROUNDING = 1e-9
 
 Outcome = Literal["better", "worse", "unclear", "identical", "one seed", "no pair"]

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from visattn.compare.reading import Arm, Run
 from visattn.compare.statistics import LEVEL, Interval, mean_interval, paired_differences
 from visattn.compare.verdicts import join_words, signed, verdict
+from visattn.tasks import CLASSIFICATION, Task
 
 __all__ = ["Summary", "answer", "limits", "summarise"]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One arm in numbers and words; accuracies are in percent, differences in points."""
+    """One arm in numbers and words; scores are in percent, differences in points."""
 
     arm: Arm
-    top1: Interval
+    score: Interval
     plain: Interval | None
     control: Interval | None
     verdict: str
@@ -39,32 +40,32 @@ def summarise(run: Run) -> list[Summary]:
     """One summary per arm, in the order of the run."""
     plain = next(arm for arm in run.arms if arm.kind == "plain")
     control = next((arm for arm in run.arms if arm.kind == "control"), None)
-    return [_summarise(arm, plain, control, run.seeds) for arm in run.arms]
+    return [_summarise(arm, plain, control, run.seeds, run.task) for arm in run.arms]
 
 
-def _summarise(arm: Arm, plain: Arm, control: Arm | None, seeds: tuple[int, ...]) -> Summary:
-    top1 = _accuracies(arm)
-    to_plain = None if arm is plain else mean_interval(paired_differences(top1, _accuracies(plain)))
+def _summarise(arm: Arm, plain: Arm, control: Arm | None, seeds: tuple[int, ...], task: Task) -> Summary:
+    scores = _scores(arm)
+    to_plain = None if arm is plain else mean_interval(paired_differences(scores, _scores(plain)))
     to_control = None
     if control is not None and arm.kind == "mechanism":
-        to_control = mean_interval(paired_differences(top1, _accuracies(control)))
+        to_control = mean_interval(paired_differences(scores, _scores(control)))
     text = "the arm all others are compared with"
     if to_plain is not None:
         text = verdict(to_plain, to_control, planned=len(seeds), control_name=_control_name(arm, control))
     times = [trial.seconds for trial in arm.trials.values() if math.isfinite(trial.seconds)]
     return Summary(
         arm=arm,
-        top1=mean_interval([top1[seed] for seed in sorted(top1)]),
+        score=mean_interval([scores[seed] for seed in sorted(scores)]),
         plain=to_plain,
         control=to_control,
         verdict=text,
         seconds=math.fsum(times) / len(times) if times else math.nan,
-        problems=tuple(_problems(arm, seeds)),
+        problems=tuple(_problems(arm, seeds, task)),
     )
 
 
-def _accuracies(arm: Arm) -> dict[int, float]:
-    return {seed: 100 * trial.top1 for seed, trial in arm.trials.items()}
+def _scores(arm: Arm) -> dict[int, float]:
+    return {seed: 100 * trial.score for seed, trial in arm.trials.items()}
 
 
 def _control_name(arm: Arm, control: Arm | None) -> str:
@@ -79,14 +80,14 @@ def _control_name(arm: Arm, control: Arm | None) -> str:
     return f"the {'larger' if other > ours else 'smaller'} control block"
 
 
-def _problems(arm: Arm, seeds: tuple[int, ...]) -> list[str]:
+def _problems(arm: Arm, seeds: tuple[int, ...], task: Task) -> list[str]:
     missing = [str(seed) for seed in seeds if seed not in arm.trials and seed not in arm.failures]
     lines = [f"seed {seed} failed: {' '.join(reason.split())}" for seed, reason in sorted(arm.failures.items())]
     if missing:
         lines.append(f"seed{'s' if len(missing) > 1 else ''} {join_words(missing)} not finished")
     for seed, trial in sorted(arm.trials.items()):
-        if not math.isfinite(trial.top1):
-            lines.append(f"seed {seed}: its top-1 is not a number and is left out")
+        if not math.isfinite(trial.score):
+            lines.append(f"seed {seed}: its {task.score} is not a number and is left out")
     if arm.cost is None:
         lines.append("costs not measured")
     elif arm.cost.failed:
@@ -99,7 +100,7 @@ def answer(run: Run, summaries: list[Summary]) -> list[str]:
     plain = next(summary for summary in summaries if summary.arm.kind == "plain")
     mechanisms = [summary for summary in summaries if summary.arm.kind == "mechanism"]
     judged = [summary for summary in mechanisms if summary.outcome != "no verdict"]
-    if plain.top1.count == 0:
+    if plain.score.count == 0:
         return ["No answer: the plain network has no finished trial, so there is nothing to compare with."]
     judged.sort(key=lambda summary: -summary.plain.mean if summary.plain else 0.0)
     sentences = _lead(mechanisms, judged)
@@ -113,7 +114,7 @@ def answer(run: Run, summaries: list[Summary]) -> list[str]:
     if not better and control is not None and control.outcome == "better than plain":
         sentences.append(f"The control block was better: {_with_difference(control)}, so capacity alone helps here.")
     sentences.extend(filter(None, (_price(summary.arm, plain.arm) for summary in better[:3])))
-    finished = sum(summary.top1.count for summary in summaries)
+    finished = sum(summary.score.count for summary in summaries)
     planned = len(summaries) * len(run.seeds)
     if finished < planned:
         sentences.append(f"Only {finished} of the {planned} planned trials count here; the table says what is missing.")
@@ -205,9 +206,13 @@ def limits(run: Run, summaries: list[Summary]) -> list[str]:
         "All arms train from random weights by one recipe: AdamW, weight decay 0.05 on weights, a warm-up over a tenth "
         "of the steps, then a cosine; gates and other single numbers learn ten times as fast."
     )
-    images = run.dataset.get("val")
-    step = f" One of the {images} images is {100 / images:.2g} points." if isinstance(images, int) and images else ""
-    lines.append(f"Top-1 is that of the last epoch on the validation images; no separate test set was held out.{step}")
+    images, step = run.dataset.get("val"), ""
+    if isinstance(images, int) and images and run.task is CLASSIFICATION:
+        step = f" One of the {images} images is {100 / images:.2g} points."
+    lines.append(
+        f"The {run.task.score} is that of the last epoch on the validation images; no separate test set was held "
+        f"out.{step}"
+    )
     lines.append(
         "Seeds vary initialisation, data order and augmentation. The same validation images serve every seed, so the "
         "intervals do not cover the choice of images."

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from visattn.capture import capture
 from visattn.compare.arms import Arm
@@ -23,6 +22,7 @@ from visattn.compare.plan import Plan
 from visattn.compare.progress import Progress
 from visattn.profile import Costs, profile
 from visattn.surgery import Place
+from visattn.tasks import main_output
 from visattn.training import Epoch, TrainingError, TrialSettings, parameter_groups, train
 from visattn.writing import write_json, write_text
 
@@ -34,7 +34,7 @@ QUERY = (0.5, 0.5)
 
 
 def _images(plan: Plan, count: int) -> Tensor:
-    indices = torch.arange(min(count, len(plan.data.val.labels)))
+    indices = torch.arange(min(count, len(plan.data.val)))
     images = plan.data.val.batch(indices, seed=0, epoch=0)
     return images.to(plan.settings.device).contiguous(memory_format=torch.channels_last)
 
@@ -68,7 +68,7 @@ def run_trial(plan: Plan, folder: RunFolder, arm: Arm, seed: int, progress: Prog
         raise TrainingError(f"at step 0 its output differs from the plain backbone's by {difference:g}")
 
     def on_epoch(epoch: Epoch) -> None:
-        progress.epoch(epoch.epoch, epoch.val_top1, epoch.seconds)
+        progress.epoch(epoch.epoch, epoch.val_score, epoch.seconds)
 
     trial = TrialSettings(
         settings.epochs, settings.batch_size, settings.lr, seed, device=settings.device, precision=settings.precision
@@ -77,6 +77,7 @@ def run_trial(plan: Plan, folder: RunFolder, arm: Arm, seed: int, progress: Prog
     marks = {"run": plan.fingerprint(), "arm": arm.name, "seed": seed}
     with folder.new_trial(arm.name, seed) as path:
         rows = [asdict(epoch) for epoch in epochs]
+        details = [row.pop("details") for row in rows]
         table = io.StringIO()
         writer = csv.DictWriter(table, rows[0])
         writer.writeheader()
@@ -88,7 +89,8 @@ def run_trial(plan: Plan, folder: RunFolder, arm: Arm, seed: int, progress: Prog
             np.savez_compressed(path / "examples.npz", **attended(plan, arm, net))
         result = {
             **marks,
-            "top1": epochs[-1].val_top1,
+            "score": epochs[-1].val_score,
+            "details": {name: _json(value) for name, value in details[-1].items()},
             "seconds": time.perf_counter() - started,
             "epochs": rows,
             "step0_difference": difference,
@@ -97,20 +99,28 @@ def run_trial(plan: Plan, folder: RunFolder, arm: Arm, seed: int, progress: Prog
         write_json(path / "result.json", result)
 
 
+def _json(value: float | list[float]) -> Any:
+    """Numbers as JSON knows them: null where there is none."""
+    if isinstance(value, list):
+        return [_json(part) for part in value]
+    return value if math.isfinite(value) else None
+
+
 def attended(plan: Plan, arm: Arm, net: nn.Module) -> dict[str, Any]:
     """Some validation images, what a network says they are, and what its blocks attended to, reduced for a picture."""
-    count = len(plan.data.val.labels)
+    count = len(plan.data.val)
     indices = torch.linspace(0, count - 1, min(EXAMPLES, count)).round().long()
-    images = plan.data.val.batch(indices, seed=0, epoch=0).to(plan.settings.device)
+    where = {"seed": 0, "epoch": 0}
+    images = plan.data.val.batch(indices, **where).to(plan.settings.device)
     net = _placed(plan, net).eval()
     maps: dict[str, dict[str, Tensor]] = {}
     with torch.no_grad(), contextlib.ExitStack() as stack:
         if arm.kind == "mechanism":
             maps = stack.enter_context(capture(net, queries=[QUERY]))
-        logits = net(images)
+        logits = main_output(net(images))
     found: dict[str, Any] = {
         "images": plan.data.val.pictures(indices).numpy(),
-        "labels": plan.data.val.labels[indices].numpy(),
+        "labels": plan.data.val.targets(indices, **where).numpy(),
         "predictions": logits.argmax(1).cpu().numpy(),
         "query": np.array(QUERY),
     }
@@ -145,10 +155,10 @@ def measure_costs(plan: Plan, arm: Arm) -> tuple[Costs, float, float]:
     difference = step0_difference(plan, net, 0)
     settings = plan.settings
     optimizer = torch.optim.AdamW(parameter_groups(net, settings.lr))
-    count = min(settings.batch_size, len(plan.data.train.labels))
+    count = min(settings.batch_size, len(plan.data.train))
     images = plan.data.train.batch(torch.arange(count), seed=0, epoch=0)
     images = images.to(settings.device).contiguous(memory_format=torch.channels_last)
-    labels = plan.data.train.labels[:count].to(settings.device)
+    targets = plan.data.train.targets(torch.arange(count), seed=0, epoch=0).to(settings.device)
     kind = torch.device(settings.device).type
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(settings.precision)
 
@@ -156,7 +166,7 @@ def measure_costs(plan: Plan, arm: Arm) -> tuple[Costs, float, float]:
         net.train()
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
-            loss = functional.cross_entropy(net(images).float(), labels)
+            loss = plan.task.loss(net(images), targets)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if kind == "cuda":

@@ -8,12 +8,21 @@ from visattn.data.base import Dataset, Split
 from visattn.data.digits import NAME as CLUTTERED_DIGITS
 from visattn.data.digits import cluttered_digits
 from visattn.data.files import TIMM_PREFIXES, from_folder, from_timm
+from visattn.data.masks import from_masks
 from visattn.errors import UserError
+from visattn.tasks import CLASSIFICATION, SEGMENTATION, task_named
 
 __all__ = ["CLUTTERED_DIGITS", "Dataset", "Split", "cluttered_digits", "open_data"]
 
 
-def open_data(name: str, *, backbone_size: int, fixed_size: bool, skip_unreadable: bool = False) -> Dataset:
+def open_data(
+    name: str,
+    *,
+    backbone_size: int,
+    fixed_size: bool,
+    skip_unreadable: bool = False,
+    task: str = CLASSIFICATION.name,
+) -> Dataset:
     """Open the data set a user names.
 
     Args:
@@ -21,17 +30,26 @@ def open_data(name: str, *, backbone_size: int, fixed_size: bool, skip_unreadabl
         backbone_size: Side of the images the backbone was made for.
         fixed_size: Whether the backbone takes no other size.
         skip_unreadable: Leave unreadable files of a folder out instead of refusing it.
+        task: A key of `visattn.tasks.TASKS`. For segmentation a folder holds `images/` and `masks/`.
 
     Raises:
         UserError: There is no such data set, or something in it is not fit to compare on.
     """
     if name == CLUTTERED_DIGITS:
-        return cluttered_digits()
+        return cluttered_digits(task=task)
+    masks = task_named(task) is SEGMENTATION
     path = Path(name).expanduser()
     if path.is_dir():
-        return from_folder(path, backbone_size=backbone_size, fixed_size=fixed_size, skip_unreadable=skip_unreadable)
+        open_folder = from_masks if masks else from_folder
+        return open_folder(path, backbone_size=backbone_size, fixed_size=fixed_size, skip_unreadable=skip_unreadable)
     if path.exists():
-        raise UserError(f"--data {name}: a file. Give a folder of class folders.")
+        what = "images/ and masks/" if masks else "class folders"
+        raise UserError(f"--data {name}: a file. Give a folder of {what}.")
+    if masks:
+        raise UserError(
+            f"--data {name}: no such path. Segmentation takes a folder with images/ and masks/, or "
+            f"{CLUTTERED_DIGITS!r}."
+        )
     if name.split("/")[0] in TIMM_PREFIXES and "/" in name:
         return from_timm(name, backbone_size=backbone_size, fixed_size=fixed_size)
     raise UserError(

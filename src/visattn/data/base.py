@@ -13,8 +13,9 @@ __all__ = ["Dataset", "Split"]
 class Split(Protocol):
     """One half of a data set. A batch depends on nothing but the arguments, so trials that share them are paired."""
 
-    labels: Tensor
-    """(N,) int64, the class of every image."""
+    def __len__(self) -> int:
+        """How many images there are."""
+        ...
 
     def batch(self, indices: Tensor, *, seed: int, epoch: int) -> Tensor:
         """Make images.
@@ -26,6 +27,15 @@ class Split(Protocol):
 
         Returns:
             (B, C, H, W) float32, normalised.
+        """
+        ...
+
+    def targets(self, indices: Tensor, *, seed: int, epoch: int) -> Tensor:
+        """Tell what is to be said of the images that `batch` makes of the same arguments.
+
+        Returns:
+            (B,) int64, the class of each image; for segmentation (B, H, W) int64, the class of each pixel, cropped and
+            mirrored like the image, 255 where a pixel belongs to no class and is ignored.
         """
         ...
 
@@ -41,13 +51,14 @@ class Dataset:
     Attributes:
         name: What the user called it.
         description: One sentence for the report.
-        classes: Names of the classes, in the order of the labels.
+        classes: Names of the classes, in the order of the targets.
         image_size: (H, W) of every batch.
         channels: 1 (grey) or 3 (RGB).
         train: The images trained on, augmented anew in every epoch.
         val: The images measured on, fixed.
         fingerprint: Changes when the images change, so that a run is not continued on other data.
         unreadable: How many files were left out because they could not be read.
+        task: A key of `visattn.tasks.TASKS`: "classification" or "segmentation".
     """
 
     name: str
@@ -59,3 +70,4 @@ class Dataset:
     val: Split = field(repr=False)
     fingerprint: str
     unreadable: int = 0
+    task: str = "classification"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from visattn.data.base import Dataset
 from visattn.errors import require
+from visattn.tasks import CLASSIFICATION, SEGMENTATION, task_named
 
 __all__ = ["NAME", "ClutteredDigits", "cluttered_digits", "draw"]
 
@@ -24,13 +25,15 @@ SIZE = 60  # side of the canvas
 DIGIT = 28  # side of a source digit
 CROP = 8  # side of a piece of clutter
 PIECES = 4
+INK = 128  # from half of full ink on a pixel is the digit's: on the blurred edge that side which covers most of it
 MEAN, STD = 0.043, 0.188  # of the training pixels, rounded
 
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
 
 
-def draw(digits: Bytes, rng: np.random.Generator) -> Bytes:
+def draw(digits: Bytes, rng: np.random.Generator) -> tuple[Bytes, Booleans]:
     """Draw one cluttered image around every digit: clutter first, then the digit, clipped to the full range.
 
     Args:
@@ -38,10 +41,11 @@ def draw(digits: Bytes, rng: np.random.Generator) -> Bytes:
         rng: Where the places come from.
 
     Returns:
-        (N, 60, 60), image i holds digit i.
+        (N, 60, 60) images, image i holds digit i; and which of their pixels are the digit's, clutter on it or not.
     """
     count = len(digits)
     canvas = np.zeros((count, SIZE, SIZE), dtype=np.uint16)  # sums of five bytes do not wrap
+    inked = np.zeros(canvas.shape, dtype=np.bool_)
     image = np.arange(count)
 
     def paste(source: Integers, corner: Integers, side: int) -> None:
@@ -50,13 +54,16 @@ def draw(digits: Bytes, rng: np.random.Generator) -> Bytes:
         rows, columns = (start[:, None] + step for start in place)
         from_rows, from_columns = (start[:, None] + step for start in corner)
         patch = digits[source[:, None, None], from_rows[:, :, None], from_columns[:, None, :]]
-        canvas[image[:, None, None], rows[:, :, None], columns[:, None, :]] += patch
+        where = image[:, None, None], rows[:, :, None], columns[:, None, :]
+        canvas[where] += patch
+        if side == DIGIT:
+            inked[where] = patch >= INK
 
     for _ in range(PIECES):
         other = (image + rng.integers(1, count, size=count)) % count
         paste(other, rng.integers(0, DIGIT - CROP + 1, size=(2, count)), CROP)
     paste(image, np.zeros((2, count), dtype=np.int64), DIGIT)
-    return np.minimum(canvas, 255).astype(np.uint8)
+    return np.minimum(canvas, 255).astype(np.uint8), inked
 
 
 class ClutteredDigits:
@@ -66,28 +73,41 @@ class ClutteredDigits:
         digits: (N, 28, 28) source digits.
         labels: (N,) their classes.
         fixed_seed: Draw every image once from this seed; None draws them anew for every trial seed and epoch.
+        masks: Whether not the image is to be named but every pixel: 0, or 1 + the class of the digit it is part of.
     """
 
-    def __init__(self, digits: Bytes, labels: Integers, *, fixed_seed: int | None = None) -> None:
+    def __init__(self, digits: Bytes, labels: Integers, *, fixed_seed: int | None = None, masks: bool = False) -> None:
         self.digits = digits
         self.labels = torch.from_numpy(labels)
         self.fixed_seed = fixed_seed
-        self._drawn: tuple[tuple[int, ...], Tensor] | None = None  # the last epoch: drawing it whole is quick
+        self.masks = masks
+        self._drawn: tuple[tuple[int, ...], Tensor, Tensor] | None = None  # the last epoch: drawing it whole is quick
 
-    def _images(self, seed: int, epoch: int) -> Tensor:
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _draw(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         key = (1, self.fixed_seed) if self.fixed_seed is not None else (0, seed, epoch)
         if self._drawn is None or self._drawn[0] != key:
-            self._drawn = (key, torch.from_numpy(draw(self.digits, np.random.default_rng(key))))
-        return self._drawn[1]
+            images, inked = draw(self.digits, np.random.default_rng(key))
+            self._drawn = (key, torch.from_numpy(images), torch.from_numpy(inked))
+        return self._drawn[1:]
 
     def batch(self, indices: Tensor, *, seed: int, epoch: int) -> Tensor:
         """(B, 1, 60, 60) float32, normalised."""
-        images = self._images(seed, epoch)[indices]
+        images = self._draw(seed, epoch)[0][indices]
         return images.unsqueeze(1).to(torch.float32).div_(255).sub_(MEAN).div_(STD)
+
+    def targets(self, indices: Tensor, *, seed: int, epoch: int) -> Tensor:
+        """(B,) int64, or with masks (B, 60, 60)."""
+        labels = self.labels[indices]
+        if not self.masks:
+            return labels
+        return self._draw(seed, epoch)[1][indices] * (1 + labels)[:, None, None]
 
     def pictures(self, indices: Tensor) -> Tensor:
         """(B, 60, 60) uint8."""
-        return self._images(0, 0)[indices]
+        return self._draw(0, 0)[0][indices]
 
 
 @functools.cache
@@ -98,8 +118,10 @@ def _source() -> tuple[Bytes, Integers]:
     return table[:, :-1].reshape(-1, DIGIT, DIGIT), table[:, -1].astype(np.int64)
 
 
-def cluttered_digits(seed: int = 0, *, train: int = 4000, val: int = 1000) -> Dataset:
+def cluttered_digits(seed: int = 0, *, train: int = 4000, val: int = 1000, task: str = CLASSIFICATION.name) -> Dataset:
     """Make the default data set: the digit of each image is to be named, the clutter is to be looked past.
+
+    For segmentation every pixel is to be named: background, to which the clutter belongs, or the digit it is part of.
 
     No source digit, not even as clutter, is in both splits.
 
@@ -107,6 +129,7 @@ def cluttered_digits(seed: int = 0, *, train: int = 4000, val: int = 1000) -> Da
         seed: Decides the split and the validation images.
         train: How many source digits to train on, a multiple of 10.
         val: How many to measure on, a multiple of 10.
+        task: A key of `visattn.tasks.TASKS`; the images are the same.
 
     Raises:
         ValueError: More digits are asked for than there are.
@@ -121,14 +144,16 @@ def cluttered_digits(seed: int = 0, *, train: int = 4000, val: int = 1000) -> Da
     per_class = [rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
     for_train = np.sort(np.concatenate([order[: train // 10] for order in per_class]))
     for_val = np.sort(np.concatenate([order[len(order) - val // 10 :] for order in per_class]))
+    masks = task_named(task) is SEGMENTATION
     return Dataset(
         name=NAME,
         description="60x60 translated cluttered digits: one real handwritten digit at a random place "
-        "among four 8x8 crops of others",
-        classes=tuple(str(digit) for digit in range(10)),
+        f"among four 8x8 crops of others{', a class for every pixel' if masks else ''}",
+        classes=(("background",) if masks else ()) + tuple(str(digit) for digit in range(10)),
         image_size=(SIZE, SIZE),
         channels=1,
-        train=ClutteredDigits(digits[for_train], labels[for_train]),
-        val=ClutteredDigits(digits[for_val], labels[for_val], fixed_seed=seed),
+        train=ClutteredDigits(digits[for_train], labels[for_train], masks=masks),
+        val=ClutteredDigits(digits[for_val], labels[for_val], fixed_seed=seed, masks=masks),
         fingerprint=hashlib.sha256(f"{NAME} {seed} {train} {val}".encode()).hexdigest()[:16],
+        task=task,
     )

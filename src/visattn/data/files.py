@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,131 +13,33 @@ import torch
 from torch import Tensor
 
 from visattn.data.base import Dataset
+from visattn.data.pictures import (
+    MEMORY,
+    SUFFIXES,
+    PictureSplit,
+    crop_and_side,
+    images_in,
+    open_picture,
+    read_all,
+    room_for,
+    square,
+    survey,
+    unreadable,
+)
 from visattn.errors import UserError, one_line, require
 
-__all__ = ["TIMM_PREFIXES", "PictureSplit", "from_folder", "from_timm"]
+__all__ = ["TIMM_PREFIXES", "from_folder", "from_timm"]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
-MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded
-MEMORY = 2 * 1024**3  # decoded pictures are kept up to this many bytes; beyond it they are read anew in every epoch
-MARGIN = 8 / 7  # pictures are kept this much larger than the crop, the room in which the random crop moves
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
-
-Read = Callable[[int], Tensor]
-
-
-def _square(picture: Any, side: int) -> Tensor:
-    """The central square of a PIL picture as (3, side, side) uint8."""
-    functional = require("torchvision.transforms.v2.functional", extra="compare", purpose="reading images")
-    picture = picture.convert("RGB")
-    half = min(picture.size)
-    left, top = (picture.width - half) // 2, (picture.height - half) // 2
-    picture = picture.resize((side, side), resample=2, box=(left, top, left + half, top + half))
-    tensor: Tensor = functional.pil_to_tensor(picture)
-    return tensor
-
-
-def _open(path: Path, side: int) -> Tensor:
-    """Decode one file.
-
-    Raises:
-        ValueError: It is no whole picture within the limits; the message says what is wrong.
-    """
-    image = require("PIL.Image", extra="compare", purpose="reading images")
-    try:
-        with image.open(path, formats=FORMATS) as picture:
-            width, height = picture.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS:,}")
-            return _square(picture, side)
-    except image.UnidentifiedImageError:
-        raise ValueError("not an image") from None
-    except (OSError, SyntaxError, EOFError, image.DecompressionBombError, image.DecompressionBombWarning) as error:
-        raise ValueError(str(error) or type(error).__name__) from error
-
-
-class PictureSplit:
-    """Pictures behind a reading function, cropped and mirrored at random where they are trained on.
-
-    Args:
-        read: Index to (3, side, side) uint8.
-        labels: (N,) classes.
-        crop: Side of the batches; the random crop moves in the margin between it and `side`.
-        augment: Whether to crop and mirror at random instead of taking the centre.
-        workers: Threads that read.
-        kept: Pictures read already, in order; None reads them when they are asked for.
-    """
-
-    def __init__(
-        self,
-        read: Read,
-        labels: Tensor,
-        *,
-        crop: int,
-        augment: bool,
-        workers: int,
-        kept: Tensor | None = None,
-    ) -> None:
-        self.read, self.labels, self.crop, self.augment, self.workers, self.kept = (
-            read,
-            labels,
-            crop,
-            augment,
-            workers,
-            kept,
-        )
-
-    def _pictures(self, indices: Tensor) -> Tensor:
-        if self.kept is not None:
-            return self.kept[indices]
-        with ThreadPoolExecutor(self.workers) as pool:
-            return torch.stack(list(pool.map(self.read, indices.tolist())))
-
-    def batch(self, indices: Tensor, *, seed: int, epoch: int) -> Tensor:
-        """(B, 3, crop, crop) float32, normalised."""
-        pictures = self._pictures(indices)
-        room = pictures.shape[-1] - self.crop
-        if self.augment:
-            # every picture has a generator of its own, so that its crop does not depend on the batch it is in
-            draws = [random.Random(f"{seed} {epoch} {index}") for index in indices.tolist()]
-            moves = [(draw.randint(0, room), draw.randint(0, room), draw.random() < 0.5) for draw in draws]
-        else:
-            moves = [(room // 2, room // 2, False)] * len(indices)
-        crops = []
-        for picture, (top, left, mirrored) in zip(pictures, moves, strict=True):
-            cut = picture[:, top : top + self.crop, left : left + self.crop]
-            crops.append(cut.flip(-1) if mirrored else cut)
-        return torch.stack(crops).to(torch.float32).div_(255).sub_(MEAN).div_(STD)
-
-    def pictures(self, indices: Tensor) -> Tensor:
-        """(B, crop, crop, 3) uint8, the centre."""
-        pictures = self._pictures(indices)
-        start = (pictures.shape[-1] - self.crop) // 2
-        return pictures[:, :, start : start + self.crop, start : start + self.crop].permute(0, 2, 3, 1)
-
-
-def _crop_and_side(sizes: Sequence[int], backbone_size: int, *, fixed: bool) -> tuple[int, int]:
-    """Side of a batch: the backbone's own, or less where the pictures are smaller and the backbone takes any size."""
-    typical = sorted(sizes)[len(sizes) // 2]
-    crop = backbone_size if fixed else min(backbone_size, max(32, -(-typical // 32) * 32))
-    return crop, round(crop * MARGIN)
 
 
 def _class_folders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _images(folder: Path) -> list[Path]:
-    found = (Path(base) / name for base, _, names in os.walk(folder) for name in names if not name.startswith("."))
-    return sorted(path for path in found if path.suffix.lower() in SUFFIXES)
-
-
 def _listing(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     """Classes of a folder of class folders, and its image files with their class."""
-    filled = [(sub, files) for sub in _class_folders(folder) if (files := _images(sub))]
+    filled = [(sub, files) for sub in _class_folders(folder) if (files := images_in(sub))]
     if not filled:
         raise UserError(
             f"--data {folder}: no images in class folders. Expected {folder}/<class>/<image>, with files that end in "
@@ -174,47 +75,6 @@ def _split(
     return sorted(train), sorted(val)
 
 
-def _survey(files: Sequence[Path]) -> list[int]:
-    """Shorter sides of some pictures, those that can be opened."""
-    image = require("PIL.Image", extra="compare", purpose="reading images")
-    step = max(1, len(files) // 200)
-    sides = []
-    for path in files[::step]:
-        try:
-            with image.open(path, formats=FORMATS) as picture:
-                sides.append(min(picture.size))
-        except (OSError, image.DecompressionBombError, image.DecompressionBombWarning):
-            continue  # `_read_all` names it
-    return sides or [32]
-
-
-def _read_all(
-    items: list[tuple[Path, int]], side: int, *, keep: bool, workers: int
-) -> tuple[list[tuple[Path, int]], Tensor | None, list[tuple[Path, str]]]:
-    """Decode every file once: those that are whole, their pictures if they are kept, and the others with the reason."""
-    good: list[tuple[Path, int]] = []
-    bad: list[tuple[Path, str]] = []
-    kept = torch.empty(len(items) if keep else 0, 3, side, side, dtype=torch.uint8)
-
-    def attempt(item: tuple[Path, int]) -> Tensor | str:
-        try:
-            return _open(item[0], side)
-        except ValueError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(items), 256):
-            some = items[start : start + 256]
-            for item, found in zip(some, pool.map(attempt, some), strict=True):
-                if isinstance(found, str):
-                    bad.append((item[0], found))
-                    continue
-                if keep:
-                    kept[len(good)] = found
-                good.append(item)
-    return good, kept[: len(good)] if keep else None, bad
-
-
 def from_folder(
     folder: Path, *, backbone_size: int, fixed_size: bool, skip_unreadable: bool = False, seed: int = 0
 ) -> Dataset:
@@ -241,23 +101,18 @@ def from_folder(
     else:
         classes, everything = _listing(folder)
         train, val = _split(folder, everything, seed)
-    crop, side = _crop_and_side(_survey([path for path, _ in train]), backbone_size, fixed=fixed_size)
-    keep = (len(train) + len(val)) * 3 * side**2 <= MEMORY
+    crop, side = crop_and_side(survey([path for path, _ in train]), backbone_size, fixed=fixed_size)
     workers = os.cpu_count() or 1
 
-    unreadable: list[tuple[Path, str]] = []
+    bad: list[tuple[Path, str]] = []
     halves = []
     for items, augment in ((train, True), (val, False)):
-        good, kept, bad = _read_all(items, side, keep=keep, workers=workers)
-        unreadable += bad
+        kept = room_for(len(items), 3, side, of=len(train) + len(val))
+        good, kept, wrong = read_all(items, lambda item: open_picture(item[0], side), kept=kept, workers=workers)
+        bad += [(path, reason) for (path, _), reason in wrong]
         halves.append((good, kept, augment))
-    if unreadable and not skip_unreadable:
-        path, reason = unreadable[0]
-        more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
-        raise UserError(
-            f"--data {folder}: unreadable image {path}{more}: {reason}. "
-            "Mend or remove it, or add --skip-unreadable to go on without."
-        )
+    if bad and not skip_unreadable:
+        raise unreadable(folder, bad)
     listed = hashlib.sha256()
     splits = []
     for good, kept, augment in halves:
@@ -269,9 +124,9 @@ def from_folder(
             listed.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size} {augment}\n".encode())
 
         def read(index: int, paths: list[Path] = paths) -> Tensor:
-            return _open(paths[index], side)
+            return open_picture(paths[index], side)
 
-        splits.append(PictureSplit(read, labels, crop=crop, augment=augment, workers=workers, kept=kept))
+        splits.append(PictureSplit(read, len(labels), labels, crop=crop, augment=augment, workers=workers, kept=kept))
     return Dataset(
         name=str(folder),
         description=f"images of {len(classes)} classes in {folder.name}",
@@ -281,7 +136,7 @@ def from_folder(
         train=splits[0],
         val=splits[1],
         fingerprint=listed.hexdigest()[:16],
-        unreadable=len(unreadable),
+        unreadable=len(bad),
     )
 
 
@@ -304,13 +159,12 @@ def _timm_split(name: str, *splits: str) -> Any:
     raise UserError(f"--data {name}: timm.data could not open its {splits[0]} split: {failures[0][:300]}")
 
 
-def _classes(dataset: Any, labels: Tensor) -> tuple[str, ...]:
+def _classes(dataset: Any, count: int) -> tuple[str, ...]:
     """Names of the classes, numbers where the data set has no names."""
     names = getattr(dataset, "classes", None)
     index = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     if names is None and index:
         names = sorted(index, key=lambda name: index[name])
-    count = int(labels.max()) + 1
     return tuple(map(str, names)) if names is not None and len(names) >= count else tuple(map(str, range(count)))
 
 
@@ -330,14 +184,15 @@ def from_timm(name: str, *, backbone_size: int, fixed_size: bool) -> Dataset:
     opened = [_timm_split(name, "train"), _timm_split(name, "validation", "test")]
     crop = side = 0
     splits: list[PictureSplit] = []
+    found: list[list[int]] = []  # labels of both
     digest = hashlib.sha256(name.encode())
     for dataset, augment in zip(opened, (True, False), strict=True):
         pictures: list[Tensor] = []
         labels: list[int] = []
         for picture, label in _items(name, dataset):
             if not crop:
-                crop, side = _crop_and_side([min(picture.size)], backbone_size, fixed=fixed_size)
-            pictures.append(_square(picture, side))
+                crop, side = crop_and_side([min(picture.size)], backbone_size, fixed=fixed_size)
+            pictures.append(square(picture.convert("RGB"), side))
             labels.append(int(label))
             if len(pictures) * 3 * side**2 > MEMORY:
                 raise UserError(
@@ -348,19 +203,26 @@ def from_timm(name: str, *, backbone_size: int, fixed_size: bool) -> Dataset:
             raise UserError(f"--data {name}: no images in its {'train' if augment else 'validation'} split.")
         kept = torch.stack(pictures)
         digest.update(f"{len(labels)} {labels[:1000]}".encode())
+        found.append(labels)
 
         def read(index: int, kept: Tensor = kept) -> Tensor:
             return kept[index]
 
         splits.append(
             PictureSplit(
-                read, torch.tensor(labels, dtype=torch.int64), crop=crop, augment=augment, workers=1, kept=kept
+                read,
+                len(labels),
+                torch.tensor(labels, dtype=torch.int64),
+                crop=crop,
+                augment=augment,
+                workers=1,
+                kept=kept,
             )
         )
-    classes = _classes(opened[0], splits[0].labels)
-    if len(set(splits[0].labels.tolist())) < 2:
+    classes = _classes(opened[0], max(found[0]) + 1)
+    if len(set(found[0])) < 2:
         raise UserError(f"--data {name}: one class only. Two or more are needed.")
-    if int(splits[1].labels.max()) >= len(classes):
+    if max(found[1]) >= len(classes):
         raise UserError(f"--data {name}: the validation split has classes that the train split lacks.")
     return Dataset(
         name=name,

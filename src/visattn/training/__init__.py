@@ -1,4 +1,4 @@
-"""One trial: a network, a data set and a seed in, accuracies per epoch out."""
+"""One trial: a network, a data set and a seed in, scores per epoch out."""
 
 from visattn.training.trial import Epoch, TrainingError, TrialSettings, parameter_groups, train
 

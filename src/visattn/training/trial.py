@@ -9,18 +9,18 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn import functional
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from visattn.data import Dataset, Split
+from visattn.tasks import main_output, task_named
+from visattn.training.scores import scores
 
 __all__ = ["PRECISIONS", "Epoch", "TrainingError", "TrialSettings", "parameter_groups", "train"]
 
@@ -60,14 +60,25 @@ class TrialSettings:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch came to; `epoch` counts from 1, accuracies from 0 to 1."""
+    """What one epoch came to.
+
+    Attributes:
+        epoch: Counts from 1.
+        train_loss: Mean over the epoch, while it was trained.
+        train_score: The task's main score from 0 to 1, while it was trained.
+        val_loss: Mean over the validation images, after the epoch.
+        val_score: The main score on them.
+        seconds: How long it took, validation included.
+        details: Further scores on the validation images: numbers, or one number (or NaN) for each class.
+    """
 
     epoch: int
     train_loss: float
-    train_top1: float
+    train_score: float
     val_loss: float
-    val_top1: float
+    val_score: float
     seconds: float
+    details: dict[str, float | list[float]] = field(default_factory=dict)
 
 
 def parameter_groups(net: nn.Module, lr: float) -> list[dict[str, Any]]:
@@ -86,7 +97,7 @@ class _Batches:
 
     def __init__(self, split: Split, settings: TrialSettings, *, epoch: int, training: bool) -> None:
         self.split, self.seed, self.epoch = split, settings.seed, epoch
-        count = len(split.labels)
+        count = len(split)
         if training:
             mix = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
             chunks = torch.split(torch.randperm(count, generator=mix), settings.batch_size)
@@ -101,20 +112,21 @@ class _Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for chunk in self.chunks:
-            yield self.split.batch(chunk, seed=self.seed, epoch=self.epoch), self.split.labels[chunk]
+            where = {"seed": self.seed, "epoch": self.epoch}
+            yield self.split.batch(chunk, **where), self.split.targets(chunk, **where)
 
 
-class _Classifier(LightningModule):
-    """Cross-entropy with AdamW, a short warm-up and a cosine to zero."""
+class _Trial(LightningModule):
+    """The loss of the task with AdamW, a short warm-up and a cosine to zero."""
 
     def __init__(self, net: nn.Module, data: Dataset, settings: TrialSettings, on_batch: OnBatch) -> None:
         super().__init__()
         self.net, self.data, self.settings, self.on_batch = net, data, settings, on_batch
-        classes = len(data.classes)
+        self.task = task_named(data.task)
         self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
-        self.train_top1 = MulticlassAccuracy(classes, average="micro")
-        self.val_top1 = MulticlassAccuracy(classes, average="micro")
-        self.measured: tuple[float, float] = (math.nan, math.nan)
+        self.train_scores = scores(self.task, len(data.classes))
+        self.val_scores = scores(self.task, len(data.classes))
+        self.measured: dict[str, Any] = {}
         self.history: list[Epoch] = []
         self.started = 0.0
 
@@ -128,34 +140,37 @@ class _Classifier(LightningModule):
         self.started = time.perf_counter()
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        images, labels = batch
-        logits = self.net(images.contiguous(memory_format=torch.channels_last)).float()
-        loss = functional.cross_entropy(logits, labels)
+        images, targets = batch
+        output = self.net(images.contiguous(memory_format=torch.channels_last))
+        loss = self.task.loss(output, targets)
         self.train_loss.update(loss.detach())
-        self.train_top1.update(logits.detach(), labels)
+        self.train_scores.update(main_output(output).detach(), targets)
         self.on_batch(self.current_epoch + 1, index + 1, int(self.trainer.num_training_batches))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        images, labels = batch
-        logits = self.net(images.contiguous(memory_format=torch.channels_last)).float()
-        self.val_loss.update(functional.cross_entropy(logits, labels), weight=len(labels))
-        self.val_top1.update(logits, labels)
+        images, targets = batch
+        logits = main_output(self.net(images.contiguous(memory_format=torch.channels_last)))
+        self.val_loss.update(self.task.loss(logits, targets), weight=self.task.counted(targets))
+        self.val_scores.update(logits, targets)
 
     def on_validation_epoch_end(self) -> None:
-        self.measured = self.val_loss.compute().item(), self.val_top1.compute().item()
+        self.measured = {name: value.tolist() for name, value in self.val_scores.compute().items()}
+        self.measured["loss"] = self.val_loss.compute().item()
         self.val_loss.reset()
-        self.val_top1.reset()
+        self.val_scores.reset()
 
     def on_train_epoch_end(self) -> None:
         number, loss = self.current_epoch + 1, self.train_loss.compute().item()
-        if not (math.isfinite(loss) and math.isfinite(self.measured[0])):
+        measured = dict(self.measured)
+        val_loss, val_score = measured.pop("loss"), measured.pop("score")
+        if not (math.isfinite(loss) and math.isfinite(val_loss)):
             raise TrainingError(f"the loss is not finite in epoch {number}")
-        top1 = self.train_top1.compute().item()
+        score = self.train_scores.compute()["score"].item()
         self.train_loss.reset()
-        self.train_top1.reset()
+        self.train_scores.reset()
         seconds = time.perf_counter() - self.started
-        self.history.append(Epoch(number, loss, top1, *self.measured, seconds))
+        self.history.append(Epoch(number, loss, score, val_loss, val_score, seconds, measured))
 
     def configure_optimizers(self) -> Any:
         settings = self.settings
@@ -222,7 +237,8 @@ def train(
     on the global random state, which is left as it was.
 
     Args:
-        net: (B, C, H, W) to logits.
+        net: (B, C, H, W) to the logits of the task: (B, K), or (B, K, H, W) for segmentation; in training it may give
+            several, the main ones first, whose losses are summed.
         data: What to train and measure on.
         settings: How.
         on_batch: Called after every step.
@@ -237,7 +253,7 @@ def train(
     device = torch.device(settings.device)
     net.train()  # Lightning keeps the mode it finds
     net.to(memory_format=torch.channels_last)  # convolutions train twice as fast on a CPU
-    module = _Classifier(net, data, settings, on_batch)
+    module = _Trial(net, data, settings, on_batch)
     report = module.on_train_epoch_end
 
     def finished() -> None:
