@@ -11,7 +11,7 @@ from rich.table import Table
 
 from visattn.benchmarks.settings import AGAINST, DTYPES
 from visattn.benchmarks.settings import Settings as Bench
-from visattn.compare.settings import Settings
+from visattn.compare.settings import DEFAULTS, OUTPUT_STRIDE, Settings
 from visattn.errors import UserError, require
 from visattn.registry import ROLES, list_blocks, resolve
 
@@ -110,6 +110,12 @@ def bench(
         raise typer.Exit(1)
 
 
+def _defaults(option: str) -> str:
+    """The defaults of an option that differ by task, for the help."""
+    own = [f"{task} {defaults[option]}" for task, defaults in DEFAULTS.items() if option in defaults]
+    return f"\\[default: {'; '.join([str(getattr(Settings, option)), *own])}]"
+
+
 @app.command()
 def audit(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
@@ -125,21 +131,33 @@ def audit(
 
 @app.command()
 def compare(
+    task: Annotated[
+        str, typer.Option(help="classification, or segmentation: heads on one backbone, a class for every pixel.")
+    ] = Settings.task,
     data: Annotated[
-        str, typer.Option(help="cluttered-digits, a folder of images by class, or a name timm.data opens.")
+        str,
+        typer.Option(
+            help="cluttered-digits, a folder of images by class, or a name timm.data opens; for segmentation a folder "
+            "with images/ and masks/."
+        ),
     ] = Settings.data,
     backbone: Annotated[str, typer.Option(help="A network of timm, trained from scratch.")] = Settings.backbone,
     mechanisms: Annotated[str, typer.Option(help="Blocks to compare, with commas.")] = ",".join(Settings.mechanisms),
     at: Annotated[
         str, typer.Option(help="Modules they go behind, names or patterns with commas. [default: deepest map of 7x7]")
     ] = "",
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = Settings.epochs,
-    seeds: Annotated[int, typer.Option(help="Trainings of each arm.")] = Settings.seeds,
-    batch_size: Annotated[int, typer.Option(help="Images in a training step.")] = Settings.batch_size,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = Settings.lr,
+    epochs: Annotated[int | None, typer.Option(help=f"Passes over the training images. {_defaults('epochs')}")] = None,
+    seeds: Annotated[int | None, typer.Option(help=f"Trainings of each arm. {_defaults('seeds')}")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help=f"Images in a training step. {_defaults('batch_size')}")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help=f"Peak learning rate of AdamW. {_defaults('lr')}")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")] = Settings.device,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = Settings.precision,
     out: Annotated[Path, typer.Option(help="The run folder; an unfinished run in it is continued.")] = Settings.out,
+    output_stride: Annotated[
+        int | None, typer.Option(help=f"Of the features under a segmentation head. [default: {OUTPUT_STRIDE}]")
+    ] = None,
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Leave unreadable images out and count them.")
     ] = False,
@@ -151,7 +169,8 @@ def compare(
     """Train a backbone with each mechanism on your images and report which one helps, and what it costs."""
     import visattn.compare as comparison
 
-    settings = Settings(
+    settings = Settings.of_task(
+        task,
         data=data,
         backbone=backbone,
         mechanisms=_words(mechanisms),
@@ -163,6 +182,7 @@ def compare(
         device=device,
         precision=precision,
         out=out,
+        output_stride=output_stride,
         skip_unreadable=skip_unreadable,
     )
     if plan:

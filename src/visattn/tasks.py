@@ -27,12 +27,14 @@ class Task:
         name: As in `--task`.
         key: The main score in the names of columns.
         score: The main score in texts; it is kept as a share and shown in percent.
+        control: What the arm is called that has more capacity without attention.
         ignored: Targets of this value count nowhere.
     """
 
     name: str
     key: str
     score: str
+    control: str
     ignored: int
 
     @property
@@ -63,8 +65,8 @@ class Task:
         return (targets != self.ignored).sum()
 
 
-CLASSIFICATION = Task("classification", "top1", "top-1", ignored=-100)
-SEGMENTATION = Task("segmentation", "miou", "mIoU", ignored=IGNORED)
+CLASSIFICATION = Task("classification", "top1", "top-1", "control block", ignored=-100)
+SEGMENTATION = Task("segmentation", "miou", "mIoU", "control head", ignored=IGNORED)
 TASKS = {task.name: task for task in (CLASSIFICATION, SEGMENTATION)}
 
 

@@ -135,7 +135,10 @@ def test_ctrl_c_says_how_to_continue(settings, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(["compare", "--data", settings.data, "--out", str(settings.out), *arguments])
     assert stop.value.code == 130
-    assert "Stopped: 0 of 3 trials are finished. To continue: visattn compare --data" in capsys.readouterr().err
+    assert (
+        "Stopped: 0 of 3 trials are finished. To continue: visattn compare --task classification --data"
+        in capsys.readouterr().err
+    )
 
 
 def test_plan_prints_the_grid_and_writes_nothing(settings, capsys, tmp_path):

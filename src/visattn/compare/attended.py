@@ -17,7 +17,7 @@ from PIL import Image
 
 from visattn.compare.reading import Arm, Examples
 
-__all__ = ["Attended", "attended", "pictures"]
+__all__ = ["SHOWN", "Attended", "Picture", "attended", "picture_of", "pictures"]
 
 SHOWN = 6  # images per arm
 PLACES = 3  # places per arm, spread over those that were captured
@@ -71,7 +71,7 @@ class Attended:
     arm: Arm
     pictures: tuple[Picture, ...]
     truths: tuple[str, ...]
-    answers: tuple[str, ...]
+    answers: tuple[str, ...]  # empty for masks, which are shown side by side elsewhere
     right: tuple[bool, ...]
     query: tuple[float, float]
     rows: tuple[Row, ...]
@@ -86,13 +86,20 @@ def attended(arms: Sequence[Arm], classes: Sequence[str]) -> list[Attended]:
         arms: The arms of the run.
         classes: Class names, by label.
     """
-    shown = [_attended(arm, arm.examples, classes) for arm in arms if arm.examples is not None and arm.examples.labels]
+    shown = [
+        _attended(arm, arm.examples, classes)
+        for arm in arms
+        if arm.examples is not None
+        and len(arm.examples.labels)
+        and (arm.examples.maps or arm.examples.labels.ndim == 1)
+    ]
     return sorted(shown, key=lambda arm: bool(arm.rows))  # those with answers alone first
 
 
-def pictures(shown: Sequence[Attended]) -> list[Picture]:
+def pictures(shown: Sequence[Attended], more: Sequence[Picture] = ()) -> list[Picture]:
     """Each embedded image once."""
-    return list({picture.key: picture for arm in shown for picture in arm.pictures}.values())
+    every = [picture for arm in shown for picture in arm.pictures] + list(more)
+    return list({picture.key: picture for picture in every}.values())
 
 
 def _attended(arm: Arm, examples: Examples, classes: Sequence[str]) -> Attended:
@@ -112,11 +119,13 @@ def _attended(arm: Arm, examples: Examples, classes: Sequence[str]) -> Attended:
         for (place, kind), maps in sorted(examples.maps.items(), key=lambda item: places.index(item[0][0]))
         if place in chosen
     ]
-    labels, predictions = examples.labels[:SHOWN], examples.predictions[:SHOWN]
+    whole = examples.labels.ndim == 1
+    labels = examples.labels[:SHOWN].tolist() if whole else []
+    predictions = examples.predictions[:SHOWN].tolist() if whole else []
     return Attended(
         arm=arm,
-        pictures=tuple(_picture(image) for image in examples.images[:SHOWN]),
-        truths=tuple(name(label) for label in labels),
+        pictures=tuple(picture_of(image) for image in examples.images[:SHOWN]),
+        truths=tuple(name(label) for label in labels) or ("what is in the mask",) * len(examples.images[:SHOWN]),
         answers=tuple(name(prediction) for prediction in predictions),
         right=tuple(label == prediction for label, prediction in zip(labels, predictions, strict=True)),
         query=examples.query,
@@ -147,7 +156,8 @@ def _weight(value: float) -> str:
     return "0" if abs(value) < 1e-4 else f"{value:.{1 if abs(value) < 0.01 else 2}g}"
 
 
-def _picture(image: npt.NDArray[np.uint8]) -> Picture:
+def picture_of(image: npt.NDArray[np.uint8]) -> Picture:
+    """An image as the page embeds it."""
     picture = Image.fromarray(image)
     picture.thumbnail((_SIDE, _SIDE))
     digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()[:12]

@@ -13,13 +13,23 @@ import torch
 from torch import Tensor, nn
 
 import visattn
-from visattn.compare.arms import Arm, build_arm, build_backbone, choose_places, control_width, list_arms
+from visattn.compare.arms import (
+    SEGMENTATION_PLACE,
+    Arm,
+    build_arm,
+    build_backbone,
+    choose_places,
+    control_width,
+    head_channels,
+    list_arms,
+    widened_width,
+)
 from visattn.compare.settings import FORMAT, Settings, resolved
 from visattn.data import Dataset, open_data
 from visattn.errors import UserError, one_line, require
 from visattn.profile import device_name
 from visattn.surgery import Insertion, Place, find_places
-from visattn.tasks import Task, task_named
+from visattn.tasks import SEGMENTATION, Task, task_named
 
 __all__ = ["Plan", "make_plan"]
 
@@ -35,7 +45,7 @@ class Plan:
         data: The images.
         places: Where blocks go.
         arms: The contenders.
-        control: Hidden channels of the control at each place.
+        control: Hidden channels of the control, see `build_arm`.
         refused: Arms that cannot be built, with the reason; they are reported, not trained.
         shapes: Names and shapes of the weights of each arm that can be built.
     """
@@ -115,6 +125,7 @@ def _backbone(settings: Settings, data: Dataset, seed: int) -> nn.Module:
         channels=data.channels,
         image_size=data.image_size,
         seed=seed,
+        output_stride=settings.output_stride,
     )
 
 
@@ -136,10 +147,11 @@ def make_plan(settings: Settings) -> Plan:
     )
     sample = sample_of(data)
     net = _backbone(settings, data, 0)
-    at = choose_places(net, sample, settings.at)
+    pixels = data.task == SEGMENTATION.name
+    at = (SEGMENTATION_PLACE,) if pixels else choose_places(net, sample, settings.at)
     settings = replace(settings, at=at)
     found = find_places(net, sample)
-    arms = list_arms(settings.mechanisms)
+    arms = list_arms(settings.mechanisms, task_named(data.task))
 
     plan = Plan(settings, data, tuple(found[name] for name in at), arms, control=())
     largest: list[int] = []
@@ -148,7 +160,10 @@ def make_plan(settings: Settings) -> Plan:
             if not largest:
                 first, reason = next(iter(plan.refused.items()))
                 raise UserError(f"--at: no mechanism fits {', '.join(at)}. {first}: {reason}")
-            widths = [control_width(p.channels, most) for p, most in zip(plan.places, largest, strict=True)]
+            if pixels:
+                widths = [widened_width(head_channels(net), len(data.classes), largest[0])]
+            else:
+                widths = [control_width(p.channels, most) for p, most in zip(plan.places, largest, strict=True)]
             plan = replace(plan, control=tuple(widths))
         try:
             built, record = plan.build(arm, 0)

@@ -61,12 +61,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Examples:
-    """A few validation images, what the arm said and where it looked, by (place, kind)."""
+    """A few validation images, what the arm said and where it looked, by (place, kind); (n,) classes or (n, H, W)."""
 
     seed: int
     images: npt.NDArray[np.uint8]
-    labels: list[int]
-    predictions: list[int]
+    labels: npt.NDArray[Any]
+    predictions: npt.NDArray[Any]
     query: tuple[float, float]
     maps: dict[tuple[str, str], npt.NDArray[Any]]
 
@@ -124,11 +124,12 @@ def read_run(folder: Path) -> Run:
         raise data.error(f"settings.seeds must be a list of whole numbers, got {seeds!r}")
     if settings.get("task") not in TASKS:
         raise data.error(f"settings.task must be one of {', '.join(TASKS)}, got {settings.get('task')!r}")
+    task = TASKS[settings["task"]]
     arms = []
     for entry in data.get("arms", list):
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or entry.get("kind") not in ARM_KINDS:
             raise data.error(f"every arm must have a name and a kind of {', '.join(ARM_KINDS)}, got {entry!r}")
-        arms.append(_read_arm(folder, entry, seeds))
+        arms.append(_read_arm(folder, entry, seeds, task))
     if [arm.kind for arm in arms].count("plain") != 1:
         raise data.error("there must be exactly one plain arm")
     places = data.get("places", list)
@@ -136,7 +137,7 @@ def read_run(folder: Path) -> Run:
         raise data.error(f"every place must have a name, got {places!r}")
     return Run(
         folder=folder,
-        task=TASKS[str(settings["task"])],
+        task=task,
         command=cast(str, data.get("command", str)),
         settings=settings,
         versions=cast(dict[str, Any], data.get("versions", dict)),
@@ -181,7 +182,7 @@ class _File:
         return float(value)
 
 
-def _read_arm(folder: Path, entry: Mapping[str, Any], seeds: list[int]) -> Arm:
+def _read_arm(folder: Path, entry: Mapping[str, Any], seeds: list[int], task: Task) -> Arm:
     name = str(entry["name"])
     trials: dict[int, Trial] = {}
     failures: dict[int, str] = {}
@@ -192,7 +193,7 @@ def _read_arm(folder: Path, entry: Mapping[str, Any], seeds: list[int]) -> Arm:
         if trial.is_dir():
             trials[seed] = _read_trial(trial / "result.json", seed)
             if examples is None and (trial / "examples.npz").exists():
-                examples = _read_examples(trial / "examples.npz", seed)
+                examples = _read_examples(trial / "examples.npz", seed, task)
         elif failure.exists():
             failures[seed] = str(_File(failure).get("reason", str))
     cost = folder / "costs" / f"{name}.json"
@@ -256,7 +257,7 @@ def _read_cost(path: Path) -> Cost:
     )
 
 
-def _read_examples(path: Path, seed: int) -> Examples:
+def _read_examples(path: Path, seed: int, task: Task) -> Examples:
     import numpy as np
 
     def broken(what: str) -> UserError:
@@ -274,8 +275,10 @@ def _read_examples(path: Path, seed: int) -> Examples:
     count = len(images)
     if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)):
         raise broken(f"images must be uint8 of shape (n, H, W) or (n, H, W, 3), got {images.dtype} {images.shape}")
-    if labels.shape != (count,) or predictions.shape != (count,) or query.shape != (2,):
-        raise broken(f"labels, predictions and query must have shapes ({count},), ({count},) and (2,)")
+    shapes = {"classification": (count,), "segmentation": images.shape[:3]}
+    expected = shapes[task.name]
+    if labels.shape != expected or predictions.shape != expected or query.shape != (2,):
+        raise broken(f"labels, predictions and query must have shapes {expected}, {expected} and (2,)")
     maps = {}
     for key, array in arrays.items():
         place, _, kind = key.rpartition("|")
@@ -286,8 +289,8 @@ def _read_examples(path: Path, seed: int) -> Examples:
     return Examples(
         seed=seed,
         images=images,
-        labels=[int(label) for label in labels],
-        predictions=[int(prediction) for prediction in predictions],
+        labels=labels.astype(np.int64),
+        predictions=predictions.astype(np.int64),
         query=(float(query[0]), float(query[1])),
         maps=maps,
     )

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from visattn.compare.classes import class_means, class_names, class_table, detail_mean
 from visattn.compare.reading import Arm, Run, read_run
 from visattn.compare.statistics import LEVEL, Interval
 from visattn.compare.summary import Summary, answer, limits, summarise
 from visattn.compare.verdicts import number, signed
 from visattn.errors import require
+from visattn.tasks import SEGMENTATION, Task
 from visattn.writing import write_text
 
 __all__ = ["write_report"]
@@ -57,6 +59,7 @@ def write_report(run_dir: Path) -> Path:
 def _csv(run: Run, summaries: Sequence[Summary]) -> str:
     """One line per arm; scores in percent, differences in points, empty where there is no number."""
     lines = []
+    classes = class_names(run)
     for summary in summaries:
         arm, cost = summary.arm, summary.arm.cost
         line: dict[str, object] = {
@@ -80,6 +83,10 @@ def _csv(run: Run, summaries: Sequence[Summary]) -> str:
             f"{run.task.key}_percent_seed{seed}": 100 * arm.trials[seed].score if seed in arm.trials else None
             for seed in run.seeds
         }
+        if run.task is SEGMENTATION:
+            line["pixel_accuracy_percent_mean"] = 100 * detail_mean(arm, "pixel_accuracy")
+            means = class_means(arm, len(classes))
+            line |= {f"iou_percent_mean_{name}": value for name, value in zip(classes, means, strict=True)}
         line |= {"verdict": summary.verdict, "problems": "; ".join(summary.problems)}
         lines.append({key: _csv_value(value) for key, value in line.items()})
     buffer = io.StringIO()
@@ -126,15 +133,23 @@ COLUMNS = (
 )
 
 
+def _column_heads(task: Task) -> tuple[tuple[str, str], ...]:
+    """The columns of the table of results, a title and what is in them."""
+    pixels = (("Pixel accuracy", "%, mean"),) if task is SEGMENTATION else ()
+    return ((task.heading, "%, 95% CI"), *COLUMNS[:2], *pixels, *COLUMNS[2:])
+
+
 def _rows(run: Run, summaries: Sequence[Summary]) -> list[_Row]:
     rows = []
     for summary in summaries:
         cost = summary.arm.cost
         latencies = [cost.latency_ms.get(batch, (math.nan, math.nan)) if cost else (math.nan,) * 2 for batch in BATCHES]
+        pixels = 100 * detail_mean(summary.arm, "pixel_accuracy")
         cells = (
             _score(summary),
             _difference(summary.plain),
             _difference(summary.control),
+            *([(f"{pixels:.1f}" if math.isfinite(pixels) else NOTHING, "")] if run.task is SEGMENTATION else []),
             (f"{summary.score.count} of {len(run.seeds)}", ""),
             (_amount(cost.parameters if cost else math.nan), ""),
             (_amount(cost.flops if cost else math.nan), ""),
@@ -222,7 +237,8 @@ def _render(template: str, run: Run, summaries: list[Summary], **extra: Any) -> 
         summaries=summaries,
         answer=answer(run, summaries),
         limits=limits(run, summaries),
-        columns=((run.task.heading, "%, 95% CI"), *COLUMNS),
+        columns=_column_heads(run.task),
+        class_rows=class_table(run) if run.task is SEGMENTATION else [],
         rows=_rows(run, summaries),
         flops_convention=FLOPS_CONVENTION,
         memory_notes=sorted({a.cost.peak_memory_note for a in run.arms if a.cost and a.cost.peak_memory_note}),
@@ -304,7 +320,7 @@ def _drawings(run: Run, summaries: Sequence[Summary]) -> dict[str, Any]:
     """Everything drawn: strips, plots and example images."""
     from markupsafe import Markup
 
-    from visattn.compare import attended, figures
+    from visattn.compare import attended, figures, predicted
 
     look = figures.looks(run.arms)
     intervals = [interval for s in summaries for interval in (s.plain, s.control) if interval and interval.count]
@@ -316,6 +332,7 @@ def _drawings(run: Run, summaries: Sequence[Summary]) -> dict[str, Any]:
     curves = [(arm, figures.learning_curves(arm, plain, look, span, last, run.task)) for arm in run.arms]
     shown = attended.attended(run.arms, run.dataset.get("classes") or [])
     gates, gate_scale = _gates(run.arms)
+    masks = predicted.predicted(run) if run.task is SEGMENTATION else None
     return {
         "look": look,
         "scale": scale,
@@ -325,7 +342,8 @@ def _drawings(run: Run, summaries: Sequence[Summary]) -> dict[str, Any]:
         "gates": gates,
         "gate_scale": gate_scale,
         "shown": shown,
-        "pictures": attended.pictures(shown),
+        "masks": masks,
+        "pictures": attended.pictures(shown, masks.pictures if masks else ()),
         "attended_places": attended.PLACES,
         "css": Markup((Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")),
     }

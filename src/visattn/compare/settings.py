@@ -12,12 +12,15 @@ import torch
 
 from visattn.errors import UserError, did_you_mean, require
 from visattn.registry import MECHANISMS, resolve
-from visattn.tasks import CLASSIFICATION, TASKS
+from visattn.tasks import CLASSIFICATION, SEGMENTATION, TASKS
 
 __all__ = ["DEFAULT_BACKBONE", "FORMAT", "PRECISIONS", "Settings", "resolved"]
 
 DEFAULT_BACKBONE = "test_byobnet"
 FORMAT = 2  # of the run folder
+OUTPUT_STRIDE = 8  # as in the papers on segmentation
+# Masks take longer to learn than names: fewer of them in less time are what two cores do in a few minutes.
+DEFAULTS: dict[str, dict[str, Any]] = {SEGMENTATION.name: {"epochs": 4, "seeds": 3, "batch_size": 16, "lr": 4e-3}}
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -30,7 +33,8 @@ class Settings:
         data: `cluttered-digits`, a folder of images, or a name `timm.data` opens.
         backbone: A name of timm.
         mechanisms: Names or aliases of blocks to compare.
-        at: Module names or patterns where they go; empty for the deepest stage whose map is at least 7x7.
+        at: Module names or patterns where they go; empty for the deepest stage whose map is at least 7x7. Segmentation
+            has one place for all, before the classifier of the head.
         epochs: Passes over the training images in each trial.
         seeds: How many times each arm is trained, with seeds 0, 1, ...
         batch_size: Images in a training step.
@@ -38,6 +42,7 @@ class Settings:
         device: "auto", "cpu", "cuda" or "cuda:<index>".
         precision: "float32", "bfloat16" or "float16" (the latter two as autocast).
         out: The run folder.
+        output_stride: Of the features under the head, for segmentation; None for its default.
         skip_unreadable: Leave unreadable images out instead of refusing the data.
     """
 
@@ -53,12 +58,23 @@ class Settings:
     device: str = "auto"
     precision: str = "float32"
     out: Path = Path("visattn-compare")
+    output_stride: int | None = None
     skip_unreadable: bool = False
+
+    @classmethod
+    def of_task(cls, task: str, **given: Any) -> Settings:
+        """Settings with a task's own defaults for what is not given or None."""
+        defaults = DEFAULTS.get(task, {})
+        return cls(task=task, **defaults | {name: value for name, value in given.items() if value is not None})
 
     def command(self) -> str:
         """The command line that repeats the run."""
         words = ["visattn", "compare", "--task", self.task, "--data", self.data, "--backbone", self.backbone]
-        words += ["--mechanisms", ",".join(self.mechanisms), "--at", ",".join(self.at)]
+        words += ["--mechanisms", ",".join(self.mechanisms)]
+        if self.output_stride is None:
+            words += ["--at", ",".join(self.at)]
+        else:  # the place is not the user's to choose
+            words += ["--output-stride", str(self.output_stride)]
         words += ["--epochs", str(self.epochs), "--seeds", str(self.seeds), "--batch-size", str(self.batch_size)]
         words += ["--lr", str(self.lr), "--device", self.device, "--precision", self.precision]
         words += ["--out", str(self.out), *(["--skip-unreadable"] if self.skip_unreadable else [])]
@@ -78,6 +94,7 @@ class Settings:
             "lr": self.lr,
             "device": self.device,
             "precision": self.precision,
+            "output_stride": self.output_stride,
             "skip_unreadable": self.skip_unreadable,
         }
 
@@ -127,6 +144,14 @@ def resolved(settings: Settings) -> Settings:
     """
     if settings.task not in TASKS:
         raise UserError(f"--task must be one of {', '.join(TASKS)}, got {settings.task!r}.")
+    pixels = settings.task == SEGMENTATION.name
+    if pixels and settings.at:
+        raise UserError("--at does not apply to --task segmentation: blocks go before the classifier of the head.")
+    if not pixels and settings.output_stride is not None:
+        raise UserError("--output-stride does not apply to --task classification. Leave it out.")
+    stride = (settings.output_stride or OUTPUT_STRIDE) if pixels else None
+    if stride is not None and (stride < 1 or stride & (stride - 1)):
+        raise UserError(f"--output-stride must be a power of 2 such as 4, 8 or 16, got {stride}.")
     for option, value in (("epochs", settings.epochs), ("seeds", settings.seeds)):
         if value < 1:
             raise UserError(f"--{option} must be 1 or more, got {value}.")
@@ -140,4 +165,5 @@ def resolved(settings: Settings) -> Settings:
     device = _device(settings.device)
     if settings.precision == "float16" and device == "cpu":
         raise UserError("--precision float16 needs a CUDA device. Use bfloat16 or float32 on the CPU.")
-    return replace(settings, mechanisms=mechanisms, device=device, backbone=_backbone(settings.backbone))
+    backbone = _backbone(settings.backbone)
+    return replace(settings, mechanisms=mechanisms, device=device, backbone=backbone, output_stride=stride)

@@ -51,7 +51,7 @@ def _summarise(arm: Arm, plain: Arm, control: Arm | None, seeds: tuple[int, ...]
         to_control = mean_interval(paired_differences(scores, _scores(control)))
     text = "the arm all others are compared with"
     if to_plain is not None:
-        text = verdict(to_plain, to_control, planned=len(seeds), control_name=_control_name(arm, control))
+        text = verdict(to_plain, to_control, planned=len(seeds), control_name=_control_name(arm, control, task))
     times = [trial.seconds for trial in arm.trials.values() if math.isfinite(trial.seconds)]
     return Summary(
         arm=arm,
@@ -68,16 +68,16 @@ def _scores(arm: Arm) -> dict[int, float]:
     return {seed: 100 * trial.score for seed, trial in arm.trials.items()}
 
 
-def _control_name(arm: Arm, control: Arm | None) -> str:
+def _control_name(arm: Arm, control: Arm | None, task: Task) -> str:
     """The control is as large as the largest arm; beside a smaller arm it is not called the same size."""
     if control is None or control.cost is None or arm.cost is None:
-        return "the control block"
+        return f"the {task.control}"
     ours, other = arm.cost.added_parameters, control.cost.added_parameters
     if not (ours > 0 and other > 0):
-        return "the control block"
+        return f"the {task.control}"
     if abs(other / ours - 1) <= 0.1:
-        return "the control block of the same size"
-    return f"the {'larger' if other > ours else 'smaller'} control block"
+        return f"the {task.control} of the same size"
+    return f"the {'larger' if other > ours else 'smaller'} {task.control}"
 
 
 def _problems(arm: Arm, seeds: tuple[int, ...], task: Task) -> list[str]:
@@ -109,10 +109,12 @@ def answer(run: Run, summaries: list[Summary]) -> list[str]:
         sentences.append(f"Worse than plain: {join_words([_with_difference(summary) for summary in worse])}.")
     better = [summary for summary in judged if summary.outcome == "better than plain"]
     if better and any(arm.kind == "control" for arm in run.arms):
-        sentences.append(_capacity(better))
+        sentences.append(_capacity(better, run.task))
     control = next((summary for summary in summaries if summary.arm.kind == "control"), None)
     if not better and control is not None and control.outcome == "better than plain":
-        sentences.append(f"The control block was better: {_with_difference(control)}, so capacity alone helps here.")
+        sentences.append(
+            f"The {run.task.control} was better: {_with_difference(control)}, so capacity alone helps here."
+        )
     sentences.extend(filter(None, (_price(summary.arm, plain.arm) for summary in better[:3])))
     finished = sum(summary.score.count for summary in summaries)
     planned = len(summaries) * len(run.seeds)
@@ -143,16 +145,16 @@ def _lead(mechanisms: list[Summary], judged: list[Summary]) -> list[str]:
     return [lead]
 
 
-def _capacity(better: list[Summary]) -> str:
+def _capacity(better: list[Summary], task: Task) -> str:
     beyond = [summary for summary in better if summary.control is not None and summary.control.outcome == "better"]
     if not beyond:
         return (
-            "None of these could be shown to be better than the control block, so more capacity alone may explain it."
+            f"None of these could be shown to be better than the {task.control}, so more capacity alone may explain it."
         )
     if len(beyond) == len(better):
-        return "The control block was beaten as well, so more capacity alone does not explain it."
+        return f"The {task.control} was beaten as well, so more capacity alone does not explain it."
     names = join_words([summary.arm.title for summary in beyond])
-    return f"Of these only {names} also beat the control block; for the others more capacity alone may explain it."
+    return f"Of these only {names} also beat the {task.control}; for the others more capacity alone may explain it."
 
 
 def _price(arm: Arm, plain: Arm) -> str:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -120,8 +121,8 @@ def attended(plan: Plan, arm: Arm, net: nn.Module) -> dict[str, Any]:
         logits = main_output(net(images))
     found: dict[str, Any] = {
         "images": plan.data.val.pictures(indices).numpy(),
-        "labels": plan.data.val.targets(indices, **where).numpy(),
-        "predictions": logits.argmax(1).cpu().numpy(),
+        "labels": _answers(plan.data.val.targets(indices, **where)),
+        "predictions": _answers(logits.argmax(1).cpu()),
         "query": np.array(QUERY),
     }
     for module, kinds in maps.items():
@@ -129,6 +130,11 @@ def attended(plan: Plan, arm: Arm, net: nn.Module) -> dict[str, Any]:
         for kind, tensor in kinds.items():
             found[f"{place.name}|{kind}"] = _reduced(kind, tensor.float().cpu(), place).numpy()
     return found
+
+
+def _answers(classes: Tensor) -> npt.NDArray[Any]:
+    """Classes of images as they are, classes of pixels in a byte each."""
+    return (classes if classes.ndim == 1 else classes.to(torch.uint8)).numpy()
 
 
 def _reduced(kind: str, found: Tensor, place: Place) -> Tensor:

@@ -25,27 +25,30 @@ SIZE = 60  # side of the canvas
 DIGIT = 28  # side of a source digit
 CROP = 8  # side of a piece of clutter
 PIECES = 4
-INK = 128  # from half of full ink on a pixel is the digit's: on the blurred edge that side which covers most of it
+INK = 64  # of 255, from which a pixel is the digit's: a quarter of full ink still stands out, the faint rim does not
+TOGETHER = 2  # digits in an image of which every pixel is to be named
 MEAN, STD = 0.043, 0.188  # of the training pixels, rounded
 
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
-Booleans = npt.NDArray[np.bool_]
 
 
-def draw(digits: Bytes, rng: np.random.Generator) -> tuple[Bytes, Booleans]:
+def draw(digits: Bytes, rng: np.random.Generator, *, together: int = 1) -> tuple[Bytes, npt.NDArray[np.int16]]:
     """Draw one cluttered image around every digit: clutter first, then the digit, clipped to the full range.
 
     Args:
         digits: (N, 28, 28) source digits; the clutter is cut from them too, never from the digit in the image itself.
         rng: Where the places come from.
+        together: How many digits an image holds, with its own.
 
     Returns:
-        (N, 60, 60) images, image i holds digit i; and which of their pixels are the digit's, clutter on it or not.
+        (N, 60, 60) images, image i holds digit i; and the number of the digit each pixel is part of, that with more ink
+        there where they cross, -1 where none has ink.
     """
     count = len(digits)
-    canvas = np.zeros((count, SIZE, SIZE), dtype=np.uint16)  # sums of five bytes do not wrap
-    inked = np.zeros(canvas.shape, dtype=np.bool_)
+    canvas = np.zeros((count, SIZE, SIZE), dtype=np.uint16)  # sums of a few bytes do not wrap
+    owner = np.full(canvas.shape, -1, dtype=np.int16)
+    most = np.full(canvas.shape, INK - 1, dtype=np.uint8)  # ink of the owner
     image = np.arange(count)
 
     def paste(source: Integers, corner: Integers, side: int) -> None:
@@ -57,13 +60,18 @@ def draw(digits: Bytes, rng: np.random.Generator) -> tuple[Bytes, Booleans]:
         where = image[:, None, None], rows[:, :, None], columns[:, None, :]
         canvas[where] += patch
         if side == DIGIT:
-            inked[where] = patch >= INK
+            mine = patch > most[where]
+            owner[where] = np.where(mine, source[:, None, None], owner[where])
+            most[where] = np.where(mine, patch, most[where])
 
     for _ in range(PIECES):
         other = (image + rng.integers(1, count, size=count)) % count
         paste(other, rng.integers(0, DIGIT - CROP + 1, size=(2, count)), CROP)
-    paste(image, np.zeros((2, count), dtype=np.int64), DIGIT)
-    return np.minimum(canvas, 255).astype(np.uint8), inked
+    whole = np.zeros((2, count), dtype=np.int64)
+    paste(image, whole, DIGIT)
+    for _ in range(together - 1):
+        paste((image + rng.integers(1, count, size=count)) % count, whole, DIGIT)
+    return np.minimum(canvas, 255).astype(np.uint8), owner
 
 
 class ClutteredDigits:
@@ -73,7 +81,7 @@ class ClutteredDigits:
         digits: (N, 28, 28) source digits.
         labels: (N,) their classes.
         fixed_seed: Draw every image once from this seed; None draws them anew for every trial seed and epoch.
-        masks: Whether not the image is to be named but every pixel: 0, or 1 + the class of the digit it is part of.
+        masks: Draw two digits together and have every pixel named: 0, or 1 + the class of the digit it is part of.
     """
 
     def __init__(self, digits: Bytes, labels: Integers, *, fixed_seed: int | None = None, masks: bool = False) -> None:
@@ -89,8 +97,9 @@ class ClutteredDigits:
     def _draw(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         key = (1, self.fixed_seed) if self.fixed_seed is not None else (0, seed, epoch)
         if self._drawn is None or self._drawn[0] != key:
-            images, inked = draw(self.digits, np.random.default_rng(key))
-            self._drawn = (key, torch.from_numpy(images), torch.from_numpy(inked))
+            together = TOGETHER if self.masks else 1
+            images, owner = draw(self.digits, np.random.default_rng(key), together=together)
+            self._drawn = (key, torch.from_numpy(images), torch.from_numpy(owner))
         return self._drawn[1:]
 
     def batch(self, indices: Tensor, *, seed: int, epoch: int) -> Tensor:
@@ -100,10 +109,10 @@ class ClutteredDigits:
 
     def targets(self, indices: Tensor, *, seed: int, epoch: int) -> Tensor:
         """(B,) int64, or with masks (B, 60, 60)."""
-        labels = self.labels[indices]
         if not self.masks:
-            return labels
-        return self._draw(seed, epoch)[1][indices] * (1 + labels)[:, None, None]
+            return self.labels[indices]
+        owner = self._draw(seed, epoch)[1][indices].long()
+        return torch.where(owner < 0, 0, 1 + self.labels[owner])  # -1 picks a label that is not taken
 
     def pictures(self, indices: Tensor) -> Tensor:
         """(B, 60, 60) uint8."""
@@ -121,7 +130,8 @@ def _source() -> tuple[Bytes, Integers]:
 def cluttered_digits(seed: int = 0, *, train: int = 4000, val: int = 1000, task: str = CLASSIFICATION.name) -> Dataset:
     """Make the default data set: the digit of each image is to be named, the clutter is to be looked past.
 
-    For segmentation every pixel is to be named: background, to which the clutter belongs, or the digit it is part of.
+    For segmentation an image holds two digits, so that a pixel cannot be named by the image as a whole, and every pixel
+    is to be named: background, to which the clutter belongs, or the digit it is part of.
 
     No source digit, not even as clutter, is in both splits.
 
@@ -129,7 +139,7 @@ def cluttered_digits(seed: int = 0, *, train: int = 4000, val: int = 1000, task:
         seed: Decides the split and the validation images.
         train: How many source digits to train on, a multiple of 10.
         val: How many to measure on, a multiple of 10.
-        task: A key of `visattn.tasks.TASKS`; the images are the same.
+        task: A key of `visattn.tasks.TASKS`.
 
     Raises:
         ValueError: More digits are asked for than there are.
@@ -145,10 +155,12 @@ def cluttered_digits(seed: int = 0, *, train: int = 4000, val: int = 1000, task:
     for_train = np.sort(np.concatenate([order[: train // 10] for order in per_class]))
     for_val = np.sort(np.concatenate([order[len(order) - val // 10 :] for order in per_class]))
     masks = task_named(task) is SEGMENTATION
+    held = "one real handwritten digit at a random place"
+    if masks:
+        held = "two real handwritten digits at random places, a class for every pixel,"
     return Dataset(
         name=NAME,
-        description="60x60 translated cluttered digits: one real handwritten digit at a random place "
-        f"among four 8x8 crops of others{', a class for every pixel' if masks else ''}",
+        description=f"60x60 translated cluttered digits: {held} among four 8x8 crops of others",
         classes=(("background",) if masks else ()) + tuple(str(digit) for digit in range(10)),
         image_size=(SIZE, SIZE),
         channels=1,
