@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from visattn.data import cluttered_digits
-from visattn.data.digits import draw
+from visattn.data.digits import INK, draw
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +76,55 @@ def test_another_seed_splits_otherwise():
 def test_more_digits_than_there_are():
     with pytest.raises(ValueError, match=r"at most 5000 together, got train=4000, val=2000"):
         cluttered_digits(train=4000, val=2000)
+
+
+@pytest.fixture(scope="module")
+def masked():
+    return cluttered_digits(train=200, val=100, task="segmentation")
+
+
+def test_masks_name_background_and_ten_digits(masked):
+    assert masked.task == "segmentation"
+    assert masked.classes == ("background", *"0123456789")
+    masks = masked.val.targets(torch.arange(100), seed=0, epoch=0)
+    assert (masks.shape, masks.dtype) == ((100, 60, 60), torch.int64)
+    assert masks.unique().tolist() == list(range(11))
+    own = 1 + masked.val.labels
+    assert all((mask == label).any() for mask, label in zip(masks, own))  # what an image is listed by is in it
+
+
+def test_pixels_are_the_digits_where_it_has_ink_and_clutter_is_background():
+    digits = np.zeros((3, 28, 28), dtype=np.uint8)
+    digits[:, 4:20, 10:13] = 255  # a bar of 48 pixels, with a rim too faint to count
+    digits[:, 4:20, 13] = INK - 1
+    images, owner = draw(digits, np.random.default_rng(0))
+    for number, (image, mine) in enumerate(zip(images, owner)):
+        assert set(np.unique(mine)) == {-1, number}
+        assert (mine == number).sum() == 48
+        assert (image[mine == number] == 255).all()
+        rows, columns = np.nonzero(mine == number)
+        assert (np.ptp(rows), np.ptp(columns)) == (15, 2)
+    assert (images[owner < 0] == 255).any()  # clutter as bright as the digit
+
+
+def test_where_two_digits_cross_the_one_with_more_ink_has_the_pixel():
+    digits = np.stack([np.full((28, 28), 100, dtype=np.uint8), np.full((28, 28), 200, dtype=np.uint8)])
+    images, owner = draw(digits, np.random.default_rng(0), together=2)
+    for image, mine in zip(images, owner):
+        assert (mine == 1).sum() == 28 * 28  # whole, whether drawn first or last
+        assert 0 < (mine == 0).sum() < 28 * 28
+        assert image[mine == 0].min() >= 100
+
+
+def test_masks_follow_seed_and_epoch_with_their_images(masked):
+    indices = torch.tensor([7, 3, 150])
+    images, masks = (getattr(masked.train, name)(indices, seed=1, epoch=2) for name in ("batch", "targets"))
+    assert images[masks[:, None] > 0].min() > images.min()  # where a digit is, there is ink
+    assert not torch.equal(masks, masked.train.targets(indices, seed=1, epoch=3))
+    assert torch.equal(masks[1:2], masked.train.targets(indices[1:2], seed=1, epoch=2))
+    fixed = masked.val.targets(torch.tensor([0]), seed=0, epoch=0)
+    assert torch.equal(fixed, masked.val.targets(torch.tensor([0]), seed=4, epoch=2))
+
+
+def test_classification_targets_are_the_labels(data):
+    assert torch.equal(data.train.targets(torch.tensor([5, 9]), seed=1, epoch=1), data.train.labels[[5, 9]])

@@ -113,3 +113,49 @@ def test_ctrl_c_reaches_the_caller(data):
 
     with pytest.raises(KeyboardInterrupt):
         train(network(), data, SETTINGS, on_batch=interrupt)
+
+
+class Heads(nn.Module):
+    """A network for pixels with two outputs in training."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 5, stride=2, padding=2), nn.BatchNorm2d(8), nn.ReLU())
+        self.main, self.side = nn.Conv2d(8, 11, 1), nn.Conv2d(8, 11, 1)
+
+    def forward(self, x):
+        body = self.body(x)
+        main, side = (
+            nn.functional.interpolate(head(body), scale_factor=2.0, mode="bilinear") for head in (self.main, self.side)
+        )
+        return (main, side) if self.training else main
+
+
+@pytest.fixture(scope="module")
+def masked():
+    return cluttered_digits(train=50, val=30, task="segmentation")
+
+
+def test_a_trial_on_masks_depends_on_its_arguments_alone(masked):
+    first, second = Heads(), Heads()
+    one = train(first, masked, SETTINGS)
+    torch.randn(17)
+    assert numbers(one) == numbers(train(second, masked, SETTINGS))
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_trial_on_masks_measures_overlap(masked):
+    last = train(Heads(), masked, SETTINGS)[-1]
+    iou = [value for value in last.details["iou"] if not math.isnan(value)]
+    assert len(last.details["iou"]) == 11
+    assert last.val_score == pytest.approx(sum(iou) / len(iou))
+    assert 0 < last.val_score < last.details["pixel_accuracy"] < 1
+
+
+def test_outputs_beside_the_main_one_are_trained_too(masked):
+    net = Heads()
+    before = net.side.weight.clone()
+    train(net, masked, SETTINGS)
+    assert not torch.equal(net.side.weight, before)
