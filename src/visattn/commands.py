@@ -11,7 +11,7 @@ from rich.table import Table
 
 from visattn.benchmarks.settings import AGAINST, DTYPES
 from visattn.benchmarks.settings import Settings as Bench
-from visattn.compare.settings import DEFAULTS, OUTPUT_STRIDE, Settings
+from visattn.compare.settings import DEFAULTS, Settings
 from visattn.errors import UserError, require
 from visattn.registry import ROLES, list_blocks, resolve
 
@@ -144,7 +144,7 @@ def compare(
     backbone: Annotated[str, typer.Option(help="A network of timm, trained from scratch.")] = Settings.backbone,
     mechanisms: Annotated[str, typer.Option(help="Blocks to compare, with commas.")] = ",".join(Settings.mechanisms),
     at: Annotated[
-        str, typer.Option(help="Modules they go behind, names or patterns with commas. [default: deepest map of 7x7]")
+        str, typer.Option(help="Modules they go behind, names or patterns with commas. \\[default: deepest map of 7x7]")
     ] = "",
     epochs: Annotated[int | None, typer.Option(help=f"Passes over the training images. {_defaults('epochs')}")] = None,
     seeds: Annotated[int | None, typer.Option(help=f"Trainings of each arm. {_defaults('seeds')}")] = None,
@@ -156,7 +156,8 @@ def compare(
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = Settings.precision,
     out: Annotated[Path, typer.Option(help="The run folder; an unfinished run in it is continued.")] = Settings.out,
     output_stride: Annotated[
-        int | None, typer.Option(help=f"Of the features under a segmentation head. [default: {OUTPUT_STRIDE}]")
+        int | None,
+        typer.Option(help="Of the features under a segmentation head. \\[default: 8; images of less than 128: 4]"),
     ] = None,
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Leave unreadable images out and count them.")

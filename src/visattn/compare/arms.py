@@ -24,12 +24,14 @@ __all__ = [
     "build_backbone",
     "choose_places",
     "control_width",
+    "default_stride",
     "head_channels",
     "list_arms",
     "widened_width",
 ]
 
 SEGMENTATION_PLACE = "head.conv"  # of `visattn.models.fcn`: what comes out of it goes to the classifier
+LARGE = 128  # shorter side of images that features of stride 8 are fine enough for
 SMALLEST_MAP = 7  # below it there is little left to attend to
 BLOCK_SEED = 7919  # blocks are initialised from their own stream, so that they cannot shift the backbone's
 
@@ -97,6 +99,23 @@ class Widened(nn.Module):
         return logits
 
 
+def default_stride(name: str, image_size: tuple[int, int]) -> int:
+    """Stride of the features under a segmentation head: 8 as in the papers, or 4 on small images.
+
+    Masks of small images have strokes of a few pixels, which features of stride 8 cannot draw. A backbone that cannot
+    keep so much of its resolution has 8 all the same: its early stages know too little.
+    """
+    if min(image_size) >= LARGE:
+        return 8
+    timm = require("timm", extra="compare", purpose="visattn compare")
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, features_only=True, output_stride=4)
+    except Exception:  # each network refuses in its own way
+        return 8
+    return 4
+
+
 def head_channels(net: nn.Module) -> int:
     """Channels of the features that a plain segmentation head is given."""
     return int(net.get_submodule(f"{SEGMENTATION_PLACE}.conv").in_channels)  # type: ignore[arg-type]
@@ -154,6 +173,8 @@ def build_backbone(
             with torch.no_grad():
                 output = net.eval()(torch.zeros(1, channels, *image_size))
         except Exception as error:  # timm has hundreds of networks, each with its own way to refuse a size
+            if str(error).startswith("fcn: "):
+                raise UserError(f"--backbone {name} carries no segmentation head: {error}") from error
             raise UserError(
                 f"--backbone {name} does not take {image_size[0]}x{image_size[1]} images with {channels} "
                 f"channel{'s' if channels > 1 else ''}: {one_line(error)[:200]}"

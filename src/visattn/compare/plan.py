@@ -20,6 +20,7 @@ from visattn.compare.arms import (
     build_backbone,
     choose_places,
     control_width,
+    default_stride,
     head_channels,
     list_arms,
     widened_width,
@@ -145,9 +146,11 @@ def make_plan(settings: Settings) -> Plan:
         skip_unreadable=settings.skip_unreadable,
         task=settings.task,
     )
+    pixels = data.task == SEGMENTATION.name
+    if pixels and settings.output_stride is None:
+        settings = replace(settings, output_stride=default_stride(settings.backbone, data.image_size))
     sample = sample_of(data)
     net = _backbone(settings, data, 0)
-    pixels = data.task == SEGMENTATION.name
     at = (SEGMENTATION_PLACE,) if pixels else choose_places(net, sample, settings.at)
     settings = replace(settings, at=at)
     found = find_places(net, sample)

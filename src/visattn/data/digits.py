@@ -157,7 +157,7 @@ def cluttered_digits(seed: int = 0, *, train: int = 4000, val: int = 1000, task:
     masks = task_named(task) is SEGMENTATION
     held = "one real handwritten digit at a random place"
     if masks:
-        held = "two real handwritten digits at random places, a class for every pixel,"
+        held = "two real handwritten digits with a class for every pixel, at random places"
     return Dataset(
         name=NAME,
         description=f"60x60 translated cluttered digits: {held} among four 8x8 crops of others",
