@@ -268,6 +268,8 @@ def test_one_epoch_and_two_arms_are_enough(tmp_path):
         ("run.json", "{", "it cannot be read"),
         ("run.json", '{"format": 1}', "must have format 2, got format=1"),
         ("run.json", '{"format": 2, "settings": {"seeds": []}}', "settings.seeds must be a list of whole numbers"),
+        ("run.json", '{"format": 2, "settings": {"seeds": [0]}}', "settings.task must be one of classification, segm"),
+        ("trials/dual-seed1/result.json", '{"epochs": [], "details": 1}', "`details` must be a dict, got 1"),
         ("costs/dual.json", "[]", "it must hold a JSON object, got list"),
         ("costs/dual.json", '{"flops": "many"}', "`flops` must be a number, got 'many'"),
         ("trials/dual-seed1/result.json", "", "it cannot be read"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from visattn.compare.arms import Widened, widened_width
 from visattn.compare.plan import make_plan
 from visattn.compare.report import write_report
 from visattn.compare.trials import step0_difference
+from visattn.errors import UserError
 
 
 def paint(folder, count=10):
@@ -153,6 +155,26 @@ def test_the_same_folder_gives_the_same_report(finished):
     before = (finished / "report.html").read_bytes()
     write_report(finished)
     assert (finished / "report.html").read_bytes() == before
+
+
+def test_masks_of_another_size_than_their_images_are_refused(finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    path = copy / "trials" / "dual-seed0" / "examples.npz"
+    with np.load(path) as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    np.savez(path, **{**arrays, "predictions": arrays["predictions"][:, :5]})
+    with pytest.raises(UserError, match=r"labels, predictions and query must have shapes \(2, 64, 64\), \(2, 64, 64\)"):
+        write_report(copy)
+
+
+def test_a_head_that_wins_by_size_alone_is_said(finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    for arm, scores in (("plain", (0.5, 0.6)), ("control", (0.58, 0.681)), ("dual", (0.58, 0.681))):
+        for seed, score in enumerate(scores):
+            path = copy / "trials" / f"{arm}-seed{seed}" / "result.json"
+            path.write_text(json.dumps({**read(path), "score": score}))
+    html = write_report(copy).read_text()
+    assert "None of these could be shown to be better than the control head, so more capacity alone may" in html
 
 
 def test_a_run_is_continued(scenes, finished, capsys, tmp_path):

@@ -25,6 +25,9 @@ __all__ = ["write_report"]
 
 BATCHES = ("1", "32")
 NOTHING = "\N{EN DASH}"  # an empty cell
+MIOU_CONVENTION = (
+    "mIoU: intersection over union of a class, over all validation images together, mean over the classes that occur"
+)
 FLOPS_CONVENTION = "FLOPs: one image, forward pass, one multiply-add counted as 2"
 
 
@@ -240,7 +243,7 @@ def _render(template: str, run: Run, summaries: list[Summary], **extra: Any) -> 
         columns=_column_heads(run.task),
         class_rows=class_table(run) if run.task is SEGMENTATION else [],
         rows=_rows(run, summaries),
-        flops_convention=FLOPS_CONVENTION,
+        conventions=([MIOU_CONVENTION] if run.task is SEGMENTATION else []) + [FLOPS_CONVENTION],
         memory_notes=sorted({a.cost.peak_memory_note for a in run.arms if a.cost and a.cost.peak_memory_note}),
         settings=_settings(run.settings),
         versions=_settings(run.versions),
