@@ -107,13 +107,20 @@ def test_pixels_are_the_digits_where_it_has_ink_and_clutter_is_background():
     assert (images[owner < 0] == 255).any()  # clutter as bright as the digit
 
 
-def test_where_two_digits_cross_the_one_with_more_ink_has_the_pixel():
+def test_where_two_digits_cross_the_one_with_more_ink_has_the_pixel(monkeypatch):
+    monkeypatch.setattr("visattn.data.digits.TRIES", 1)  # as near as chance has them
     digits = np.stack([np.full((28, 28), 100, dtype=np.uint8), np.full((28, 28), 200, dtype=np.uint8)])
-    images, owner = draw(digits, np.random.default_rng(0), together=2)
+    images, owner = draw(digits, np.random.default_rng(0), pair=True)
     for image, mine in zip(images, owner):
         assert (mine == 1).sum() == 28 * 28  # whole, whether drawn first or last
         assert 0 < (mine == 0).sum() < 28 * 28
         assert image[mine == 0].min() >= 100
+
+
+def test_two_digits_are_mostly_apart():
+    _, owner = draw(np.full((200, 28, 28), 255, dtype=np.uint8), np.random.default_rng(0), pair=True)
+    shares = (owner >= 0).mean(axis=(1, 2)) * 60 * 60 / (2 * 28 * 28)
+    assert shares.mean() > 0.85
 
 
 def test_masks_follow_seed_and_epoch_with_their_images(masked):

@@ -26,20 +26,20 @@ DIGIT = 28  # side of a source digit
 CROP = 8  # side of a piece of clutter
 PIECES = 4
 INK = 64  # of 255, from which a pixel is the digit's: a quarter of full ink still stands out, the faint rim does not
-TOGETHER = 2  # digits in an image of which every pixel is to be named
+TRIES = 4  # places drawn for the second digit of a pair, of which that farthest from the first is taken
 MEAN, STD = 0.043, 0.188  # of the training pixels, rounded
 
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 
 
-def draw(digits: Bytes, rng: np.random.Generator, *, together: int = 1) -> tuple[Bytes, npt.NDArray[np.int16]]:
+def draw(digits: Bytes, rng: np.random.Generator, *, pair: bool = False) -> tuple[Bytes, npt.NDArray[np.int16]]:
     """Draw one cluttered image around every digit: clutter first, then the digit, clipped to the full range.
 
     Args:
         digits: (N, 28, 28) source digits; the clutter is cut from them too, never from the digit in the image itself.
         rng: Where the places come from.
-        together: How many digits an image holds, with its own.
+        pair: Whether an image holds a second digit, mostly apart from the first but for crossing strokes.
 
     Returns:
         (N, 60, 60) images, image i holds digit i; and the number of the digit each pixel is part of, that with more ink
@@ -51,8 +51,7 @@ def draw(digits: Bytes, rng: np.random.Generator, *, together: int = 1) -> tuple
     most = np.full(canvas.shape, INK - 1, dtype=np.uint8)  # ink of the owner
     image = np.arange(count)
 
-    def paste(source: Integers, corner: Integers, side: int) -> None:
-        place = rng.integers(0, SIZE - side + 1, size=(2, count))
+    def paste(source: Integers, corner: Integers, side: int, place: Integers) -> None:
         step = np.arange(side)
         rows, columns = (start[:, None] + step for start in place)
         from_rows, from_columns = (start[:, None] + step for start in corner)
@@ -66,11 +65,16 @@ def draw(digits: Bytes, rng: np.random.Generator, *, together: int = 1) -> tuple
 
     for _ in range(PIECES):
         other = (image + rng.integers(1, count, size=count)) % count
-        paste(other, rng.integers(0, DIGIT - CROP + 1, size=(2, count)), CROP)
+        corner = rng.integers(0, DIGIT - CROP + 1, size=(2, count))
+        paste(other, corner, CROP, rng.integers(0, SIZE - CROP + 1, size=(2, count)))
     whole = np.zeros((2, count), dtype=np.int64)
-    paste(image, whole, DIGIT)
-    for _ in range(together - 1):
-        paste((image + rng.integers(1, count, size=count)) % count, whole, DIGIT)
+    first = rng.integers(0, SIZE - DIGIT + 1, size=(2, count))
+    paste(image, whole, DIGIT, first)
+    if pair:
+        tries = rng.integers(0, SIZE - DIGIT + 1, size=(TRIES, 2, count))
+        farthest = np.abs(tries - first).max(axis=1).argmax(axis=0)
+        second = (image + rng.integers(1, count, size=count)) % count
+        paste(second, whole, DIGIT, tries[farthest, :, image].T)
     return np.minimum(canvas, 255).astype(np.uint8), owner
 
 
@@ -97,8 +101,7 @@ class ClutteredDigits:
     def _draw(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         key = (1, self.fixed_seed) if self.fixed_seed is not None else (0, seed, epoch)
         if self._drawn is None or self._drawn[0] != key:
-            together = TOGETHER if self.masks else 1
-            images, owner = draw(self.digits, np.random.default_rng(key), together=together)
+            images, owner = draw(self.digits, np.random.default_rng(key), pair=self.masks)
             self._drawn = (key, torch.from_numpy(images), torch.from_numpy(owner))
         return self._drawn[1:]
 
