@@ -20,6 +20,7 @@ from visattn.blocks import (
     SqueezeWeight,
 )
 from visattn.capture import capture
+from visattn.checkpoints import load_checkpoint
 from visattn.inference import fuse
 from visattn.registry import create, list_blocks
 from visattn.replacement import replace
@@ -52,5 +53,6 @@ __all__ = [
     "fuse",
     "insert",
     "list_blocks",
+    "load_checkpoint",
     "replace",
 ]

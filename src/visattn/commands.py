@@ -64,6 +64,21 @@ def verify(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint: torch.save's or safetensors.", metavar="IN")],
+    target: Annotated[Path, typer.Argument(help="The file to write.", metavar="OUT.safetensors")],
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Write the tensors of a published checkpoint under our names, as safetensors; nothing else is read or run."""
+    from visattn.checkpoints import convert_file
+
+    try:
+        typer.echo(convert_file(source, target))
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+@app.command()
 def bench(
     names: Annotated[
         list[str] | None, typer.Argument(help="Mechanisms, short names or blocks; all by default.", metavar="NAME")

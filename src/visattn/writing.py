@@ -44,8 +44,12 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def writable(path: Path) -> Path:
+def writable(path: Path, what: str = "--json") -> Path:
     """The file that a path leads to, asked before any work.
+
+    Args:
+        path: Where it is to be written.
+        what: The option or argument that the path was given for.
 
     Raises:
         UserError: It cannot be written.
@@ -53,9 +57,9 @@ def writable(path: Path) -> Path:
     target = Path(os.path.realpath(path))  # a link stays a link
     try:
         if path.is_dir():
-            raise UserError(f"{path} is a folder. Give the name of a file for --json")
+            raise UserError(f"{path} is a folder. Give the name of a file for {what}")
         if target.exists() and not target.is_file():  # it would be replaced by a file, /dev/null too
-            raise UserError(f"{path} is not a regular file. Give the name of a file for --json")
+            raise UserError(f"{path} is not a regular file. Give the name of a file for {what}")
         if not target.parent.is_dir():
             raise UserError(f"no such folder: {path.parent}")
         if not os.access(target.parent, os.W_OK):

@@ -11,8 +11,8 @@ import ast
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Published:
             (theirs may be a 1x1 convolution, ours is linear) or "stacked" (theirs is one 1x1 convolution without bias
             for all branches, ours is one linear layer with bias for each). No rules: the names are equal.
         layout: What they return of a map: "map" (B, C, H, W) as we do, "tokens" (B, H*W, C), "rows" (B, C, H*W).
+        fixed: Options that our block has to be built with and that no name or shape in a file tells.
     """
 
     repo: str
@@ -48,6 +49,7 @@ class Published:
     options: Callable[..., dict[str, Any]]
     names: tuple[tuple[str, str, str], ...] = ()
     layout: str = "map"
+    fixed: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def source(self) -> str:
@@ -102,6 +104,12 @@ class Published:
         block = block_class(**options, device=device, dtype=dtype)
         return block.to(device=device, dtype=dtype)  # a downsampling path is built without knowing either
 
+    def recognises(self, names: Iterable[str]) -> bool:
+        """Whether these are the names of the class: each fits a rule, each rule a name. False where it has no rules."""
+        patterns = [_pattern(theirs) + r"[^.]*" for theirs, _, _ in self.names]
+        used = [next((pattern for pattern in patterns if re.fullmatch(pattern, name)), None) for name in names]
+        return bool(patterns) and {*used} == {*patterns}
+
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename and reshape tensors with the published names into ours.
 
@@ -117,6 +125,8 @@ class Published:
                 if match is None:
                     continue
                 number, rest = (match.group(1) if match.groups() else ""), key[match.end() :]
+                if "." in rest:  # of something else below the same name
+                    continue
                 if form == "stacked":
                     branches = len({k for k in state if re.fullmatch(_pattern("paths.{i}.conv.weight"), k)})
                     for i, part in enumerate(value.flatten(1).chunk(branches)):
@@ -543,10 +553,18 @@ PUBLISHED: tuple[Published, ...] = (
     Published("pppLang/SKNet", "SKConv", _SK, "SelectiveKernel", _sk_conv_full, _SK_CONV_FULL_NAMES),
     Published("huggingface/pytorch-image-models", "SelectiveKernel", _SK, "SelectiveKernel", _sk_timm, _SK_TIMM_NAMES),
     Published(_DANET, "PAM_Module", ("dual",), "PositionAttention", _position),
-    Published(_DANET, "CAM_Module", ("dual",), "ChannelAttention", _channel),
+    Published(_DANET, "CAM_Module", ("dual",), "ChannelAttention", _channel, fixed={"inverted": True}),
     Published(_DANET, "DANetHead", ("dual",), "DualAttentionHead", _dual_head),
     Published(_CHANGZY, "PAM", ("dual",), "PositionAttention", _position_plain, _PAM_NAMES),
-    Published(_CHANGZY, "CAM", ("dual",), "ChannelAttention", _channel_plain, (("beta", "gamma", "same"),)),
+    Published(
+        _CHANGZY,
+        "CAM",
+        ("dual",),
+        "ChannelAttention",
+        _channel_plain,
+        (("beta", "gamma", "same"),),
+        fixed={"inverted": False},
+    ),
     Published(
         _XMU, "PositionAttentionModule", ("dual",), "ProjectedPositionAttention", _projected_position, layout="tokens"
     ),

@@ -146,5 +146,6 @@ def test_tied_memory_has_the_sum_of_the_two_recorded_gradients():
 
 
 def test_the_module_lists_what_it_offers():
-    assert set(checkpoints.__all__) == {"PUBLISHED", "Published", "build", "convert", "find"}
+    offered = {"PUBLISHED", "Published", "build", "convert", "find", "Loaded", "convert_file", "load_checkpoint"}
+    assert set(checkpoints.__all__) == offered
     assert isinstance(build("SKLayer", inplanes=32, planes=32), SelectiveKernel)
