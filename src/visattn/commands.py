@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from visattn.benchmarks.settings import AGAINST, DTYPES
 from visattn.benchmarks.settings import Settings as Bench
-from visattn.compare.settings import DEFAULTS, Settings
+from visattn.compare import require_extra
+from visattn.compare.settings import DEFAULTS, STRATEGIES, Settings
 from visattn.errors import UserError, require
 from visattn.registry import ROLES, list_blocks, resolve
 
@@ -209,6 +212,97 @@ def compare(
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     typer.echo(f"Report: {report}")
+
+
+@app.command()
+def train(
+    data: Annotated[
+        str, typer.Option(help="As for compare: cluttered-digits, a folder, or a name timm.data opens.")
+    ] = Settings.data,
+    task: Annotated[str, typer.Option(help="classification or segmentation.")] = Settings.task,
+    backbone: Annotated[str, typer.Option(help="A network of timm, trained from scratch.")] = Settings.backbone,
+    mechanism: Annotated[str, typer.Option(help="A block, or plain for the backbone alone.")] = "plain",
+    at: Annotated[
+        str, typer.Option(help="Modules it goes behind, names or patterns with commas. [default: as for compare]")
+    ] = "",
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = Settings.epochs,
+    batch_size: Annotated[int, typer.Option(help="Images in a step, of all devices together.")] = Settings.batch_size,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = Settings.lr,
+    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation; compare starts from 0.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")] = Settings.device,
+    devices: Annotated[int, typer.Option(help="How many of them, a process for each.")] = 1,
+    strategy: Annotated[str, typer.Option(help=f"Lightning's: {', '.join(STRATEGIES)}.")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = Settings.precision,
+    out: Annotated[Path, typer.Option(help="The folder of the training.")] = Path("visattn-train"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last whole epoch in --out; start where there is none.")
+    ] = False,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave unreadable images out and count them.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train one arm of a comparison in earnest: on several devices, past a kill, weights kept for predict."""
+    require_extra("visattn train")
+    from visattn import train as training
+
+    trial = Settings(
+        data=data,
+        task=task,
+        backbone=backbone,
+        at=_words(at),
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        device=device,
+        precision=precision,
+        out=out,
+        skip_unreadable=skip_unreadable,
+    )
+    settings = training.TrainSettings(trial, mechanism, seed, devices, strategy, resume)
+    try:
+        weights = training.train(settings)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if weights is not None:
+        typer.echo(f"Weights: {weights}\nTo use them: visattn predict {shlex.quote(str(weights))} IMAGES --out DIR")
+
+
+@app.command()
+def predict(
+    weights: Annotated[
+        Path, typer.Argument(help="weights.safetensors of train, or of a trial of compare.", metavar="WEIGHTS")
+    ],
+    images: Annotated[
+        list[Path], typer.Argument(help="Image files, and folders with images in them or below.", metavar="IMAGES")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the results; earlier ones of the same names are replaced.")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 16,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Say what is in images with a trained network: classes with probabilities, or a coloured mask for each."""
+    require_extra("visattn predict")
+    from visattn import predict as prediction
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        work = bar.add_task("images")
+        found = prediction.predict(
+            weights,
+            images,
+            out,
+            device=device,
+            batch_size=batch_size,
+            on_batch=lambda done, of: bar.update(work, completed=done, total=of),
+        )
+    prediction.show(found, out)
+    for path, reason in found.unreadable:
+        typer.echo(f"visattn: cannot read {path}: {reason}", err=True)
+    if found.unreadable:
+        of = len(found.rows) + len(found.unreadable)
+        typer.echo(f"visattn: {len(found.unreadable)} of {of} images could not be read.", err=True)
+        raise typer.Exit(1)
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from visattn.compare.settings import Settings
 from visattn.errors import require
 
-__all__ = ["Settings", "compare", "estimate"]
+__all__ = ["Settings", "compare", "estimate", "require_extra"]
 
 NEEDED = ("timm", "torchvision", "lightning", "torchmetrics", "mlxtend", "matplotlib", "jinja2", "safetensors")
 
@@ -25,7 +25,7 @@ def compare(settings: Settings) -> Path:
         UserError: A setting, the data or the run folder is not fit, and nothing was written; or a file of the run
             folder cannot be written or read.
     """
-    _require()
+    require_extra("visattn compare")
     from visattn.compare import run as engine
 
     return engine.run(settings)
@@ -40,12 +40,13 @@ def estimate(settings: Settings) -> str:
     Raises:
         UserError: As for `compare`.
     """
-    _require()
+    require_extra("visattn compare")
     from visattn.compare import run as engine
 
     return engine.estimate(settings)
 
 
-def _require() -> None:
+def require_extra(purpose: str) -> None:
+    """Raise `UserError` unless all is installed that trials need; the message names what needs it."""
     for module in NEEDED:
-        require(module, extra="compare", purpose="visattn compare")
+        require(module, extra="compare", purpose=purpose)

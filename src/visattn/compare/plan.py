@@ -26,13 +26,14 @@ from visattn.compare.arms import (
     widened_width,
 )
 from visattn.compare.settings import FORMAT, Settings, resolved
+from visattn.compare.weights import Description
 from visattn.data import Dataset, open_data
 from visattn.errors import UserError, one_line, require
 from visattn.profile import device_name
 from visattn.surgery import Insertion, Place, find_places
 from visattn.tasks import SEGMENTATION, Task, task_named
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "hardware", "make_plan", "open_plan", "sample_of", "versions"]
 
 PACKAGES = ("timm", "torchvision", "lightning", "torchmetrics", "mlxtend", "safetensors")
 
@@ -70,6 +71,11 @@ class Plan:
         return net, build_arm(
             net, arm, at=self.settings.at, sample=sample_of(self.data), seed=seed, control=self.control
         )
+
+    def describe(self, arm: Arm) -> Description:
+        """What is written beside the weights of an arm."""
+        settings = self.settings
+        return Description.of(self.data, backbone=settings.backbone, arm=arm.name, at=settings.at, control=self.control)
 
     def trials(self) -> list[tuple[Arm, int]]:
         """All trials, seed by seed, so that the first results compare all arms."""
@@ -130,11 +136,11 @@ def _backbone(settings: Settings, data: Dataset, seed: int) -> nn.Module:
     )
 
 
-def make_plan(settings: Settings) -> Plan:
-    """Check settings and data, choose the places, try every arm. Writes nothing.
+def open_plan(settings: Settings) -> Plan:
+    """Check settings and data and choose the places: a plan without arms. Writes nothing.
 
     Raises:
-        UserError: Something is not fit to compare; one line with the remedy.
+        UserError: Something is not fit to train on; one line with the remedy.
     """
     settings = resolved(settings)
     models = require("timm.models", extra="compare", purpose="visattn compare")
@@ -154,17 +160,27 @@ def make_plan(settings: Settings) -> Plan:
     at = (SEGMENTATION_PLACE,) if pixels else choose_places(net, sample, settings.at)
     settings = replace(settings, at=at)
     found = find_places(net, sample)
-    arms = list_arms(settings.mechanisms, task_named(data.task))
+    return Plan(settings, data, tuple(found[name] for name in at), arms=(), control=())
 
-    plan = Plan(settings, data, tuple(found[name] for name in at), arms, control=())
+
+def make_plan(settings: Settings) -> Plan:
+    """Open a plan and try every arm. Writes nothing.
+
+    Raises:
+        UserError: Something is not fit to compare; one line with the remedy.
+    """
+    plan = open_plan(settings)
+    at, arms = plan.settings.at, list_arms(plan.settings.mechanisms, plan.task)
+    plan = replace(plan, arms=arms)
     largest: list[int] = []
     for arm in arms:
         if arm.kind == "control":
             if not largest:
                 first, reason = next(iter(plan.refused.items()))
                 raise UserError(f"--at: no mechanism fits {', '.join(at)}. {first}: {reason}")
-            if pixels:
-                widths = [widened_width(head_channels(net), len(data.classes), largest[0])]
+            if plan.task is SEGMENTATION:
+                plain, _ = plan.build(arms[0], 0)
+                widths = [widened_width(head_channels(plain), len(plan.data.classes), largest[0])]
             else:
                 widths = [control_width(p.channels, most) for p, most in zip(plan.places, largest, strict=True)]
             plan = replace(plan, control=tuple(widths))

@@ -14,13 +14,14 @@ from visattn.errors import UserError, did_you_mean, require
 from visattn.registry import MECHANISMS, resolve
 from visattn.tasks import CLASSIFICATION, SEGMENTATION, TASKS
 
-__all__ = ["DEFAULT_BACKBONE", "FORMAT", "PRECISIONS", "Settings", "resolved"]
+__all__ = ["DEFAULT_BACKBONE", "FORMAT", "PRECISIONS", "STRATEGIES", "Settings", "known_mechanisms", "resolved"]
 
 DEFAULT_BACKBONE = "test_byobnet"
 FORMAT = 2  # of the run folder
 # A step on masks takes long on two cores. In the few minutes of a first look, small batches learn the most.
 DEFAULTS: dict[str, dict[str, Any]] = {SEGMENTATION.name: {"epochs": 3, "seeds": 2, "batch_size": 8, "lr": 6e-3}}
 PRECISIONS = ("float32", "bfloat16", "float16")
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -112,23 +113,30 @@ def _device(name: str) -> str:
     return str(device)
 
 
-def _mechanisms(names: tuple[str, ...]) -> tuple[str, ...]:
+def known_mechanisms(names: tuple[str, ...], option: str = "--mechanisms") -> tuple[str, ...]:
+    """Registry keys of the blocks for feature maps that names mean.
+
+    Raises:
+        UserError: There is no such block, or no name at all; the message begins with the option.
+    """
     keys = []
     for name in names:
         try:
             card = resolve(name)
         except ValueError as error:
-            raise UserError(f"--mechanisms: {error}") from error
+            raise UserError(f"{option}: {error}") from error
         if card.role not in ("attention", "convolution"):
-            raise UserError(f"--mechanisms: {card.name} is no block for feature maps. Known: {', '.join(MECHANISMS)}.")
+            raise UserError(f"{option}: {card.name} is no block for feature maps. Known: {', '.join(MECHANISMS)}.")
         keys.append(card.name)
     if not keys:
-        raise UserError(f"--mechanisms is empty. Known: {', '.join(MECHANISMS)}.")
+        raise UserError(f"{option} is empty. Known: {', '.join(MECHANISMS)}.")
     return tuple(dict.fromkeys(keys))
 
 
 def _backbone(name: str) -> str:
     timm = require("timm", extra="compare", purpose="visattn compare")
+    import visattn.models  # noqa: F401  # it registers the papers' networks with timm
+
     if not timm.is_model(name):
         hint = did_you_mean(name, timm.list_models(), "timm.list_models() lists them.")
         raise UserError(f"--backbone: timm has no model {name!r}. {hint}")
@@ -160,7 +168,7 @@ def resolved(settings: Settings) -> Settings:
         raise UserError(f"--lr must be above 0 and at most 10, got {settings.lr:g}.")
     if settings.precision not in PRECISIONS:
         raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {settings.precision!r}.")
-    mechanisms = _mechanisms(settings.mechanisms)
+    mechanisms = known_mechanisms(settings.mechanisms)
     device = _device(settings.device)
     if settings.precision == "float16" and device == "cpu":
         raise UserError("--precision float16 needs a CUDA device. Use bfloat16 or float32 on the CPU.")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import math
 import time
 from dataclasses import asdict
@@ -13,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from visattn.capture import capture
@@ -21,10 +18,12 @@ from visattn.compare.arms import Arm
 from visattn.compare.folder import RunFolder
 from visattn.compare.plan import Plan
 from visattn.compare.progress import Progress
+from visattn.compare.weights import save_network
 from visattn.profile import Costs, profile
 from visattn.surgery import Place
 from visattn.tasks import main_output
 from visattn.training import Epoch, TrainingError, TrialSettings, parameter_groups, train
+from visattn.training.history import as_json, epochs_table
 from visattn.writing import write_json, write_text
 
 __all__ = ["attended", "measure_costs", "run_trial", "step0_difference"]
@@ -79,32 +78,21 @@ def run_trial(plan: Plan, folder: RunFolder, arm: Arm, seed: int, progress: Prog
     with folder.new_trial(arm.name, seed) as path:
         rows = [asdict(epoch) for epoch in epochs]
         details = [row.pop("details") for row in rows]
-        table = io.StringIO()
-        writer = csv.DictWriter(table, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(path / "epochs.csv", table.getvalue())
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-        save_file(weights, path / "weights.safetensors", {key: str(value) for key, value in marks.items()})
+        write_text(path / "epochs.csv", epochs_table(epochs))
+        text_marks = {key: str(value) for key, value in marks.items()}
+        save_network(net.state_dict(), path / "weights.safetensors", plan.describe(arm), text_marks)
         if seed == 0:
             np.savez_compressed(path / "examples.npz", **attended(plan, arm, net))
         result = {
             **marks,
             "score": epochs[-1].val_score,
-            "details": {name: _json(value) for name, value in details[-1].items()},
+            "details": as_json(details[-1]),
             "seconds": time.perf_counter() - started,
             "epochs": rows,
             "step0_difference": difference,
             "gates": record.gates() if record else {},
         }
         write_json(path / "result.json", result)
-
-
-def _json(value: float | list[float]) -> Any:
-    """Numbers as JSON knows them: null where there is none."""
-    if isinstance(value, list):
-        return [_json(part) for part in value]
-    return value if math.isfinite(value) else None
 
 
 def attended(plan: Plan, arm: Arm, net: nn.Module) -> dict[str, Any]:

@@ -54,6 +54,9 @@ class Dataset:
         classes: Names of the classes, in the order of the targets.
         image_size: (H, W) of every batch.
         channels: 1 (grey) or 3 (RGB).
+        side: What the shorter side of a picture is brought to, before its centre is cut out as a validation image.
+        mean: What is subtracted from each channel of pixels from 0 to 1.
+        std: What they are divided by then.
         train: The images trained on, augmented anew in every epoch.
         val: The images measured on, fixed.
         fingerprint: Changes when the images change, so that a run is not continued on other data.
@@ -66,6 +69,9 @@ class Dataset:
     classes: tuple[str, ...]
     image_size: tuple[int, int]
     channels: int
+    side: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     train: Split = field(repr=False)
     val: Split = field(repr=False)
     fingerprint: str

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from visattn.data.base import Dataset
 from visattn.data.pictures import (
+    MEAN,
     MEMORY,
+    STD,
     SUFFIXES,
     PictureSplit,
     crop_and_side,
@@ -133,6 +135,9 @@ def from_folder(
         classes=tuple(classes),
         image_size=(crop, crop),
         channels=3,
+        side=side,
+        mean=MEAN,
+        std=STD,
         train=splits[0],
         val=splits[1],
         fingerprint=listed.hexdigest()[:16],
@@ -230,6 +235,9 @@ def from_timm(name: str, *, backbone_size: int, fixed_size: bool) -> Dataset:
         classes=classes,
         image_size=(crop, crop),
         channels=3,
+        side=side,
+        mean=MEAN,
+        std=STD,
         train=splits[0],
         val=splits[1],
         fingerprint=digest.hexdigest()[:16],

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from visattn.data.base import Dataset
 from visattn.data.pictures import (
+    MEAN,
+    STD,
     PictureSplit,
     crop_and_side,
     decode,
@@ -97,6 +99,9 @@ def from_masks(
         classes=classes,
         image_size=(crop, crop),
         channels=3,
+        side=side,
+        mean=MEAN,
+        std=STD,
         train=splits[0],
         val=splits[1],
         fingerprint=listed.hexdigest()[:16],

@@ -35,8 +35,8 @@ MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded
 MEMORY = 2 * 1024**3  # decoded pictures are kept up to this many bytes; beyond it they are read anew in every epoch
 BILINEAR = 2  # PIL's number of it
 MARGIN = 8 / 7  # pictures are kept this much larger than the crop, the room in which the random crop moves
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 
 Read = Callable[[int], Tensor]
 Item = TypeVar("Item")
@@ -140,7 +140,8 @@ class PictureSplit:
 
     def batch(self, indices: Tensor, *, seed: int, epoch: int) -> Tensor:
         """(B, 3, crop, crop) float32, normalised."""
-        return self._crops(indices, seed, epoch)[:, :3].to(torch.float32).div_(255).sub_(MEAN).div_(STD)
+        mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+        return self._crops(indices, seed, epoch)[:, :3].to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def targets(self, indices: Tensor, *, seed: int, epoch: int) -> Tensor:
         """(B,) int64, or with masks (B, crop, crop)."""

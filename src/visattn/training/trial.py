@@ -8,8 +8,8 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torchmetrics import MeanMetric
 
 from visattn.data import Dataset, Split
 from visattn.tasks import main_output, task_named
+from visattn.training.launch import KeepLast, Launch
 from visattn.training.scores import scores
 
 __all__ = ["PRECISIONS", "Epoch", "TrainingError", "TrialSettings", "parameter_groups", "train"]
@@ -28,6 +29,8 @@ PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mix
 WEIGHT_DECAY = 0.05
 WARM_UP = 0.1  # share of the steps in which the learning rate climbs
 GATE_RATE = 10.0  # gates start at 0 and have to open within few epochs: they learn this many times as fast
+
+_SHARDED = "_fsdp_wrapped_module."  # what FSDP puts into names
 
 OnBatch = Callable[[int, int, int], None]
 """Called after every step with (epoch from 1, step, steps of the epoch)."""
@@ -81,21 +84,36 @@ class Epoch:
     details: dict[str, float | list[float]] = field(default_factory=dict)
 
 
-def parameter_groups(net: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """AdamW's groups: weights decay, biases and norms do not, scalars (gates) do not and learn faster."""
-    trained = [p for p in net.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1 and p.numel() > 1], "lr": lr, "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in trained if p.ndim <= 1 and p.numel() > 1], "lr": lr, "weight_decay": 0.0},
-        {"params": [p for p in trained if p.numel() == 1], "lr": lr * GATE_RATE, "weight_decay": 0.0},
+def parameter_groups(net: nn.Module, lr: float, shapes: Mapping[str, torch.Size] | None = None) -> list[dict[str, Any]]:
+    """AdamW's groups: weights decay, biases and norms do not, scalars (gates) do not and learn faster.
+
+    Args:
+        net: The network.
+        lr: Peak learning rate.
+        shapes: Of all parameters, where the network in hand may hold pieces of them.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": [], "lr": lr, "weight_decay": WEIGHT_DECAY},
+        {"params": [], "lr": lr, "weight_decay": 0.0},
+        {"params": [], "lr": lr * GATE_RATE, "weight_decay": 0.0},
     ]
+    for name, parameter in net.named_parameters():
+        shape = parameter.shape if shapes is None else shapes[name.replace(_SHARDED, "")]
+        if parameter.requires_grad:
+            groups[2 if shape.numel() == 1 else 0 if len(shape) > 1 else 1]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
 class _Batches:
-    """The batches of one epoch; the order of training is a function of seed and epoch alone."""
+    """The batches of one epoch; the order of training is a function of seed and epoch alone.
 
-    def __init__(self, split: Split, settings: TrialSettings, *, epoch: int, training: bool) -> None:
+    Several processes go through the same batches, each with its share of every one: as many images each in training,
+    so that the mean of their gradients is the gradient of the batch; in validation one more or less.
+    """
+
+    def __init__(
+        self, split: Split, settings: TrialSettings, *, epoch: int, training: bool, rank: int = 0, ranks: int = 1
+    ) -> None:
         self.split, self.seed, self.epoch = split, settings.seed, epoch
         count = len(split)
         if training:
@@ -103,9 +121,12 @@ class _Batches:
             chunks = torch.split(torch.randperm(count, generator=mix), settings.batch_size)
             # BatchNorm wants batches alike: the rest of an epoch waits for the next one, which is mixed anew
             full = [chunk for chunk in chunks if len(chunk) == settings.batch_size]
-            self.chunks = full or list(chunks)
+            self.chunks = full or [chunk[: len(chunk) // ranks * ranks] for chunk in chunks]
         else:
             self.chunks = list(torch.split(torch.arange(count), settings.batch_size))
+            if len(self.chunks) > 1 and len(self.chunks[-1]) < ranks:  # too few for all: they join the batch before
+                self.chunks[-2:] = [torch.cat(self.chunks[-2:])]
+        self.chunks = [chunk[rank::ranks] for chunk in self.chunks]
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -122,6 +143,7 @@ class _Trial(LightningModule):
     def __init__(self, net: nn.Module, data: Dataset, settings: TrialSettings, on_batch: OnBatch) -> None:
         super().__init__()
         self.net, self.data, self.settings, self.on_batch = net, data, settings, on_batch
+        self.shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
         self.task = task_named(data.task)
         self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
         self.train_scores = scores(self.task, len(data.classes))
@@ -131,12 +153,18 @@ class _Trial(LightningModule):
         self.started = 0.0
 
     def train_dataloader(self) -> Any:
-        return _Batches(self.data.train, self.settings, epoch=self.current_epoch, training=True)
+        return self._batches(self.data.train, epoch=self.current_epoch, training=True)
 
     def val_dataloader(self) -> Any:
-        return _Batches(self.data.val, self.settings, epoch=0, training=False)
+        return self._batches(self.data.val, epoch=0, training=False)
+
+    def _batches(self, split: Split, *, epoch: int, training: bool) -> _Batches:
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        return _Batches(split, self.settings, epoch=epoch, training=training, rank=rank, ranks=ranks)
 
     def on_train_epoch_start(self) -> None:
+        # dropout too is a function of seed and epoch, so that a training that goes on after a kill draws the same
+        torch.manual_seed(self.settings.seed + 1_000_003 * self.current_epoch + 7_368_787 * self.global_rank)
         self.started = time.perf_counter()
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
@@ -172,9 +200,15 @@ class _Trial(LightningModule):
         seconds = time.perf_counter() - self.started
         self.history.append(Epoch(number, loss, score, val_loss, val_score, seconds, measured))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["history"] = [asdict(epoch) for epoch in self.history]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.history = [Epoch(**row) for row in checkpoint["history"]]
+
     def configure_optimizers(self) -> Any:
         settings = self.settings
-        optimizer = torch.optim.AdamW(parameter_groups(self.net, settings.lr))
+        optimizer = torch.optim.AdamW(parameter_groups(self.net, settings.lr, self.shapes))
         steps = settings.epochs * len(_Batches(self.data.train, settings, epoch=0, training=True))
         warm_up = max(1, round(WARM_UP * steps))
 
@@ -230,6 +264,7 @@ def train(
     *,
     on_batch: OnBatch = lambda epoch, step, steps: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    launch: Launch = Launch(),  # noqa: B008  # it is frozen
 ) -> list[Epoch]:
     """Train a network in place.
 
@@ -243,9 +278,11 @@ def train(
         settings: How.
         on_batch: Called after every step.
         on_epoch: Called after every epoch.
+        launch: Over how many processes, and whether a checkpoint is kept; a training whose checkpoint is there goes
+            on from it, and on the CPU ends with the bits it would have had.
 
     Returns:
-        One record per epoch.
+        One record per epoch, those from before the checkpoint included.
 
     Raises:
         TrainingError: The loss became infinite or NaN.
@@ -265,19 +302,23 @@ def train(
         torch.manual_seed(settings.seed)
         trainer = Trainer(
             accelerator=device.type,
-            devices=1 if device.type == "cpu" else [device.index or 0],
+            devices=launch.devices if device.type == "cpu" or launch.devices > 1 else [device.index or 0],
+            strategy=launch.strategy,
             precision=PRECISIONS[settings.precision],  # type: ignore[arg-type]
             max_epochs=settings.epochs,
             logger=False,
-            enable_checkpointing=False,
+            enable_checkpointing=launch.checkpoint is not None,
+            callbacks=[] if launch.checkpoint is None else [KeepLast(launch.checkpoint)],
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             reload_dataloaders_every_n_epochs=1,
-            plugins=[LightningEnvironment()],  # one process, also inside a cluster's job
+            # one process, also inside a cluster's job; several as Lightning finds them or starts them
+            plugins=[LightningEnvironment()] if launch.devices == 1 else None,
         )
         try:
-            trainer.fit(module)
+            known = launch.checkpoint is not None and launch.checkpoint.exists()
+            trainer.fit(module, ckpt_path=launch.checkpoint if known else None)
         except SystemExit as stop:
             if not isinstance(stop.__context__, KeyboardInterrupt):
                 raise

@@ -1,0 +1,308 @@
+"""`visattn train`: one arm of a comparison trained in earnest, on several devices and past a kill."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from visattn.compare.arms import Arm, list_arms
+from visattn.compare.plan import Plan, hardware, open_plan, versions
+from visattn.compare.progress import REFRESH, duration
+from visattn.compare.settings import STRATEGIES, Settings, known_mechanisms
+from visattn.compare.weights import Description, save_network
+from visattn.errors import UserError, one_line
+from visattn.profile import count_parameters
+from visattn.tasks import task_named
+from visattn.training import Epoch, TrainingError, TrialSettings
+from visattn.training import train as run_trial
+from visattn.training.history import as_json, epochs_table
+from visattn.training.launch import Launch, read_checkpoint
+from visattn.writing import PARTIAL, write_json, write_text
+
+__all__ = ["TrainSettings", "train"]
+
+FORMAT = 1  # of train.json
+RECORD, CHECKPOINT, EPOCHS, WEIGHTS = "train.json", "last.ckpt", "epochs.csv", "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of a training.
+
+    Attributes:
+        trial: What it shares with a comparison; `mechanisms` and `seeds` of it are not looked at.
+        mechanism: Name or alias of a block, or "plain".
+        seed: Of the weights, the order of the images and dropout: the trial of that seed in a comparison.
+        devices: Processes, one to a device.
+        strategy: One of `STRATEGIES`.
+        resume: Continue what is in the folder.
+    """
+
+    trial: Settings = field(default_factory=lambda: Settings(out=Path("visattn-train")))
+    mechanism: str = "plain"
+    seed: int = 0
+    devices: int = 1
+    strategy: str = "auto"
+    resume: bool = False
+
+    def command(self) -> str:
+        """The command line that continues the training."""
+        t = self.trial
+        words = ["visattn", "train", "--task", t.task, "--data", t.data, "--backbone", t.backbone]
+        words += ["--mechanism", self.mechanism, "--at", ",".join(t.at), "--epochs", str(t.epochs)]
+        words += ["--batch-size", str(t.batch_size), "--lr", str(t.lr), "--seed", str(self.seed), "--device", t.device]
+        words += ["--devices", str(self.devices), "--strategy", self.strategy, "--precision", t.precision]
+        words += ["--out", str(t.out), *(["--skip-unreadable"] if t.skip_unreadable else []), "--resume"]
+        return shlex.join(words)
+
+
+def train(settings: TrainSettings) -> Path | None:
+    """Train one network and keep it, as `visattn train` does.
+
+    The trial is that of the same arm and seed in `visattn compare`: on one CPU the weights are the same bits. After a
+    kill the training goes on from its last whole epoch and, on the same CPU, ends with the bits it would have had.
+
+    Args:
+        settings: What to train, on what, and where to.
+
+    Returns:
+        The weights, for `visattn predict`; None in the processes that another one started to help it.
+
+    Raises:
+        UserError: A setting, the data or the folder is not fit; or the training came to no end worth keeping.
+    """
+    first = settings.devices == 1 or _rank() == 0
+    _check_launch(settings)
+    if first:
+        _check_out(settings)
+    arm = _arm(settings.mechanism)
+    plan = open_plan(settings.trial)
+    if len(plan.data.val) < settings.devices:
+        raise UserError(f"--devices {settings.devices}: more than the {len(plan.data.val)} images to measure on.")
+    settings = replace(settings, trial=plan.settings, mechanism=arm.name)
+    out = plan.settings.out
+    try:
+        net, _ = plan.build(arm, settings.seed)
+    except ValueError as error:
+        raise UserError(
+            f"--mechanism {arm.name} does not fit {', '.join(plan.settings.at)}: {one_line(error)}"
+        ) from error
+    description = plan.describe(arm)
+    record = _record(settings, plan, description, count_parameters(net))
+    if first:
+        _begin(out, record)
+    before = _history(out)
+    show = _Show(settings, before) if first else None
+    trial = TrialSettings(
+        plan.settings.epochs,
+        plan.settings.batch_size,
+        plan.settings.lr,
+        settings.seed,
+        device=plan.settings.device,
+        precision=plan.settings.precision,
+    )
+    launch = Launch(settings.devices, settings.strategy, out / CHECKPOINT)
+    on_batch, on_epoch = (show.batch, show.epoch) if show else (_nothing, _nothing)
+    try:
+        if len(before) < plan.settings.epochs:
+            run_trial(net, plan.data, trial, on_batch=on_batch, on_epoch=on_epoch, launch=launch)
+    except TrainingError as error:
+        raise UserError(f"{error}. Use a smaller --lr, or --precision float32.") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory on {plan.settings.device}. Use a smaller --batch-size.") from error
+    except KeyboardInterrupt:
+        if show:
+            show.say(f"Stopped. To continue after the last whole epoch: {settings.command()}")
+        raise
+    if show is None:
+        return None
+    kept = read_checkpoint(out / CHECKPOINT)
+    weights = {name.removeprefix("net."): t for name, t in kept["state_dict"].items() if name.startswith("net.")}
+    save_network(weights, out / WEIGHTS, description)
+    last = show.rows[-1]
+    record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    record["results"] = as_json({**asdict(last), "seconds": sum(row.seconds for row in show.rows)})
+    write_json(out / RECORD, record)
+    return out / WEIGHTS
+
+
+def _nothing(*said: Any) -> None:
+    """What all processes but the first one say."""
+
+
+def _rank() -> int:
+    """Number of this process among those that train together; the first one alone writes."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
+def _arm(name: str) -> Arm:
+    """The arm of a mechanism's name."""
+    if name == "plain":
+        return list_arms(())[0]
+    return list_arms(known_mechanisms((name,), option="--mechanism"))[1]
+
+
+def _check_launch(settings: TrainSettings) -> None:
+    """Raise `UserError` unless seed, devices and strategy go together."""
+    devices, batch, device = settings.devices, settings.trial.batch_size, settings.trial.device
+    if settings.seed < 0:
+        raise UserError(f"--seed must be 0 or more, got {settings.seed}.")
+    if devices < 1:
+        raise UserError(f"--devices must be 1 or more, got {devices}.")
+    if settings.strategy not in STRATEGIES:
+        raise UserError(f"--strategy must be one of {', '.join(STRATEGIES)}, got {settings.strategy!r}.")
+    cuda = torch.cuda.device_count() if device == "auto" or device.startswith("cuda") else 0
+    if settings.strategy == "fsdp" and not cuda:
+        raise UserError("--strategy fsdp needs CUDA devices. Use ddp on the CPU.")
+    if devices == 1:
+        return
+    if ":" in device:
+        raise UserError(f"--device {device} is one device, --devices {devices} are several. Use --device cuda.")
+    if cuda and devices > cuda:
+        raise UserError(f"--devices {devices}: torch finds {cuda} CUDA devices.")
+    if batch % devices or batch < 2 * devices:
+        raise UserError(
+            f"--batch-size {batch} does not give {devices} devices equal shares of 2 images or more. "
+            f"Use --batch-size {max(2, -(-batch // devices)) * devices}."
+        )
+
+
+def _check_out(settings: TrainSettings) -> None:
+    """Raise `UserError` if the folder is not to be trained into; looks at names alone, so it can go first."""
+    out = settings.trial.out
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: a file. Give a folder.")
+    if not out.is_dir():
+        return
+    if (out / RECORD).exists():
+        if not settings.resume:
+            raise UserError(f"--out {out} holds a training. Add --resume to continue it, or use another --out.")
+    elif any(not path.name.startswith(PARTIAL) for path in out.iterdir()):
+        raise UserError(f"--out {out}: not empty and no folder of visattn train. Use another --out.")
+
+
+def _record(settings: TrainSettings, plan: Plan, description: Description, parameters: int) -> dict[str, Any]:
+    """The contents of `train.json` before training."""
+    shared = plan.record()
+    identity = {k: v for k, v in plan.identity().items() if k not in ("mechanisms", "seeds", "device")}
+    return {
+        "format": FORMAT,
+        "command": settings.command(),
+        "identity": {**identity, "mechanism": settings.mechanism, "seed": settings.seed},
+        "settings": {
+            **{k: v for k, v in shared["settings"].items() if k not in ("mechanisms", "seeds")},
+            "mechanism": settings.mechanism,
+            "seed": settings.seed,
+            "devices": settings.devices,
+            "strategy": settings.strategy,
+        },
+        "versions": versions(),
+        "hardware": hardware(plan.settings.device),
+        "dataset": shared["dataset"],
+        "places": shared["places"],
+        "network": json.loads(description.text()),
+        "parameters": parameters,
+        "results": None,
+        "notes": [],
+    }
+
+
+def _begin(out: Path, record: dict[str, Any]) -> None:
+    """Write `train.json`, or check that the one there is of the same training and note what has changed around it.
+
+    Raises:
+        UserError: It is of another training, or cannot be written.
+    """
+    path = out / RECORD
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error.strerror}).") from error
+    if not path.exists():
+        write_json(path, record)
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        known = before["format"] == FORMAT
+        identity, notes = dict(before["identity"]), list(before["notes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not readable as a record of visattn train. Use another --out.") from error
+    if not known:
+        raise UserError(f"{path} was written by another version of visattn train. Use another --out.")
+    changed = [f"{k} was {identity.get(k)}, now {v}" for k, v in record["identity"].items() if identity.get(k) != v]
+    if changed:
+        raise UserError(
+            f"--out {out} holds another training: {'; '.join(changed)}. "
+            "Repeat its settings to continue it, or use another --out."
+        )
+    for part in ("settings", "versions", "hardware"):
+        for key, value in record[part].items():
+            was = before.get(part, {}).get(key)
+            note = f"Continued with {key} {value}; it was started with {was}."
+            if was != value and note not in notes:
+                notes.append(note)
+    write_json(path, {**before, "notes": notes})
+
+
+def _history(out: Path) -> list[Epoch]:
+    """The epochs that the checkpoint of a folder has behind it."""
+    path = out / CHECKPOINT
+    return [Epoch(**row) for row in read_checkpoint(path)["history"]] if path.exists() else []
+
+
+class _Show:
+    """What a training says on its way, and `epochs.csv`.
+
+    Args:
+        settings: The training.
+        before: Epochs that it has behind it.
+        stream: Where to; default stderr.
+    """
+
+    def __init__(self, settings: TrainSettings, before: list[Epoch], stream: TextIO | None = None) -> None:
+        self.stream = sys.stderr if stream is None else stream
+        self.live = self.stream.isatty()
+        self.path = settings.trial.out / EPOCHS
+        self.score = task_named(settings.trial.task).score
+        self.rows, self.before, self.epochs = list(before), len(before), settings.trial.epochs
+        self.started, self.drawn, self.left = time.monotonic(), 0.0, ""
+        if before:
+            self.say(f"Continuing after epoch {len(before)} of {self.epochs}.")
+
+    def batch(self, epoch: int, step: int, steps: int) -> None:
+        """A step is done."""
+        done = (epoch - 1 - self.before) * steps + step
+        seconds = (time.monotonic() - self.started) / done * ((self.epochs - self.before) * steps - done)
+        self.left = f"  {duration(seconds)} left"
+        if self.live and time.monotonic() - self.drawn > REFRESH:
+            self._draw(f"epoch {epoch}/{self.epochs}  step {step}/{steps}{self.left}")
+            self.drawn = time.monotonic()
+
+    def epoch(self, row: Epoch) -> None:
+        """An epoch is done."""
+        self.rows.append(row)
+        write_text(self.path, epochs_table(self.rows))
+        self.say(
+            f"epoch {row.epoch}/{self.epochs}  loss {row.train_loss:.3f}  validation loss {row.val_loss:.3f}  "
+            f"{self.score} {100 * row.val_score:.1f}%{self.left if row.epoch < self.epochs else ''}"
+        )
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._draw("")
+        print(text, file=self.stream, flush=True)
+
+    def _draw(self, text: str) -> None:
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[2K{text[:width]}", end="", file=self.stream, flush=True)
