@@ -1,5 +1,6 @@
 """`visattn train`: the trial of a comparison, kept, continued, spread over processes."""
 
+import io
 import json
 import os
 import signal
@@ -14,8 +15,9 @@ import visattn.train
 from visattn.cli import main
 from visattn.compare import Settings, compare
 from visattn.errors import UserError
-from visattn.train import TrainSettings, train
-from visattn.training import TrainingError
+from visattn.train import TrainSettings, _Show, train
+from visattn.training import Epoch, TrainingError
+from visattn.writing import alone
 
 OPTIONS = ["--epochs", "3", "--batch-size", "8", "--device", "cpu"]
 
@@ -47,7 +49,7 @@ def test_it_is_the_trial_of_compare(trained, pictures, tmp_path):
 
 
 def test_what_a_training_leaves(trained):
-    names = ["epochs.csv", "last.ckpt", "train.json", "weights.safetensors"]
+    names = [".lock", "epochs.csv", "last.ckpt", "train.json", "weights.safetensors"]
     assert sorted(path.name for path in trained.iterdir()) == names
     record = json.loads((trained / "train.json").read_text())
     assert record["settings"]["mechanism"] == "dual"
@@ -94,6 +96,24 @@ def script(tmp_path):
     path = tmp_path / "command.py"
     path.write_text("from visattn.cli import main\n\nmain()\n")
     return path
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_sees_steps_and_a_line_for_every_epoch(tmp_path):
+    stream = Terminal()
+    show = _Show(settings("data", tmp_path, epochs=3), [Epoch(1, 1.0, 0.5, 1.0, 0.5, 10.0)], stream)
+    show.batch(2, 5, 10)
+    show.epoch(Epoch(2, 0.75, 0.5, 0.625, 0.875, 10.0))
+    lines = stream.getvalue().replace("\r\x1b[2K", "|").splitlines()
+    assert lines[0] == "|Continuing after epoch 1 of 3."
+    assert lines[1].startswith(
+        "|epoch 2/3  step 5/10  0s left|epoch 2/3  loss 0.750  validation loss 0.625  top-1 87.5%"
+    )
+    assert len((tmp_path / "epochs.csv").read_text().splitlines()) == 3
 
 
 def test_sigkill_in_mid_training_changes_nothing(tmp_path, pictures, script):
@@ -182,6 +202,14 @@ def test_more_devices_than_there_are(monkeypatch):
         train(TrainSettings(Settings(device="cuda"), devices=2))
 
 
+def test_two_trainings_do_not_write_to_one_folder(tmp_path, pictures):
+    with (
+        alone(tmp_path / "out", "visattn train"),
+        pytest.raises(UserError, match=f"process {os.getpid()}\\) is writing"),
+    ):
+        train(settings(pictures, tmp_path / "out"))
+
+
 def test_a_folder_of_something_else(refused, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
@@ -201,6 +229,7 @@ def test_a_folder_of_something_else(refused, tmp_path):
 def test_a_record_that_is_none(refused, tmp_path, content, line):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train.json").write_text(content)
+    (tmp_path / "out" / ".lock").touch()  # the one thing that is written
     assert f"train.json {line}" in refused("--resume")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch import nn
 
 from visattn.compare.arms import Arm, list_arms
 from visattn.compare.plan import Plan, hardware, open_plan, versions
@@ -25,7 +27,7 @@ from visattn.training import Epoch, TrainingError, TrialSettings
 from visattn.training import train as run_trial
 from visattn.training.history import as_json, epochs_table
 from visattn.training.launch import Launch, read_checkpoint
-from visattn.writing import PARTIAL, write_json, write_text
+from visattn.writing import LOCK, PARTIAL, alone, write_json, write_text
 
 __all__ = ["TrainSettings", "train"]
 
@@ -88,17 +90,21 @@ def train(settings: TrainSettings) -> Path | None:
     if len(plan.data.val) < settings.devices:
         raise UserError(f"--devices {settings.devices}: more than the {len(plan.data.val)} images to measure on.")
     settings = replace(settings, trial=plan.settings, mechanism=arm.name)
-    out = plan.settings.out
     try:
         net, _ = plan.build(arm, settings.seed)
     except ValueError as error:
         raise UserError(
             f"--mechanism {arm.name} does not fit {', '.join(plan.settings.at)}: {one_line(error)}"
         ) from error
-    description = plan.describe(arm)
-    record = _record(settings, plan, description, count_parameters(net))
+    with alone(plan.settings.out, "visattn train") if first else contextlib.nullcontext():
+        return _train(settings, plan, arm, net, first=first)
+
+
+def _train(settings: TrainSettings, plan: Plan, arm: Arm, net: nn.Module, *, first: bool) -> Path | None:
+    """Train in a folder of one's own; `first` is the process that writes."""
+    out, description = plan.settings.out, plan.describe(arm)
     if first:
-        _begin(out, record)
+        _begin(out, _record(settings, plan, description, count_parameters(net)))
     before = _history(out)
     show = _Show(settings, before) if first else None
     trial = TrialSettings(
@@ -187,7 +193,7 @@ def _check_out(settings: TrainSettings) -> None:
     if (out / RECORD).exists():
         if not settings.resume:
             raise UserError(f"--out {out} holds a training. Add --resume to continue it, or use another --out.")
-    elif any(not path.name.startswith(PARTIAL) for path in out.iterdir()):
+    elif any(path.name != LOCK and not path.name.startswith(PARTIAL) for path in out.iterdir()):
         raise UserError(f"--out {out}: not empty and no folder of visattn train. Use another --out.")
 
 
@@ -224,10 +230,6 @@ def _begin(out: Path, record: dict[str, Any]) -> None:
         UserError: It is of another training, or cannot be written.
     """
     path = out / RECORD
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there ({error.strerror}).") from error
     if not path.exists():
         write_json(path, record)
         return

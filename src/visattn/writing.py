@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from visattn.errors import UserError
 
-__all__ = ["PARTIAL", "writable", "write_json", "write_text"]
+__all__ = ["LOCK", "PARTIAL", "alone", "writable", "write_json", "write_text"]
 
+LOCK = ".lock"
 PARTIAL = ".partial-"  # how the names of files and folders begin that are not whole yet
 
 
@@ -67,3 +70,53 @@ def writable(path: Path, what: str = "--json") -> Path:
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror})") from error
     return target
+
+
+@contextlib.contextmanager
+def alone(folder: Path, command: str) -> Iterator[None]:
+    """Create a run folder, or open it, and keep other processes out of it while the context lasts.
+
+    Args:
+        folder: The folder given as `--out`.
+        command: Who writes there, for the message.
+
+    Raises:
+        UserError: Another process is writing to it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot write there ({error.strerror}).") from error
+    with lock:
+        if not _take(lock.fileno()):
+            lock.seek(0)
+            raise UserError(
+                f"--out {folder}: another {command} (process {lock.read().strip() or '?'}) is writing to it. "
+                "Wait for it or use another --out."
+            )
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _take(descriptor: int) -> bool:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+else:
+    import fcntl
+
+    def _take(descriptor: int) -> bool:
+        """Lock a file; the system unlocks it when the process ends, however it ends."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,9 @@ from typing import Any
 from visattn.compare.plan import Plan
 from visattn.compare.settings import FORMAT
 from visattn.errors import UserError, require
-from visattn.writing import PARTIAL, write_json
+from visattn.writing import LOCK, PARTIAL, alone, write_json
 
 __all__ = ["RunFolder", "check_out"]
-
-LOCK = ".lock"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -140,21 +137,7 @@ class RunFolder:
         Raises:
             UserError: Another process is writing to it, or it cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK).open("a+", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out {self.path}: cannot write there ({error.strerror}).") from error
-        with lock:
-            if not _take(lock.fileno()):
-                lock.seek(0)
-                raise UserError(
-                    f"--out {self.path}: another visattn compare (process {lock.read().strip() or '?'}) is writing to "
-                    "it. Wait for it or use another --out."
-                )
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
+        with alone(self.path, "visattn compare"):
             self.check()  # again: it may have changed before the lock was ours
             for name in ("trials", "failures", "costs"):
                 (self.path / name).mkdir(exist_ok=True)
@@ -206,24 +189,3 @@ def check_out(path: Path) -> None:
 
 def _show(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _take(descriptor: int) -> bool:
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-else:
-    import fcntl
-
-    def _take(descriptor: int) -> bool:
-        """Lock a file; the system unlocks it when the process ends, however it ends."""
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
