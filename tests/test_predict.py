@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import visattn.predict
 from visattn.cli import main
 from visattn.compare import Settings, compare
 from visattn.compare.arms import list_arms
@@ -19,6 +20,7 @@ from visattn.compare.weights import Description, load_network, save_network
 from visattn.data import open_data
 from visattn.errors import UserError
 from visattn.predict import _labels, _names, find_images, predict
+from visattn.tasks import CLASSIFICATION, palette
 
 
 def settings(data, **options):
@@ -86,7 +88,7 @@ def validation(folder):
 def same(path, picture):
     side, crop = round(picture.shape[0] * 8 / 7), picture.shape[0]
     start = (side - crop) // 2
-    image = Image.open(path).resize((side, side), resample=2).crop((start, start, start + crop, start + crop))
+    image = read(path).resize((side, side), resample=2).crop((start, start, start + crop, start + crop))
     return np.array_equal(np.asarray(image), picture.numpy())
 
 
@@ -109,7 +111,7 @@ def test_weights_of_compare_and_the_command(pictures, tmp_path, capsys):
 def test_grey_networks_take_any_picture(tmp_path):
     digits = open_plan(settings("cluttered-digits"))
     path = tmp_path / "w.safetensors"
-    net = saved(digits, list_arms(("dual",))[1], path)
+    net = saved(digits, list_arms(("dual",), CLASSIFICATION)[1], path)
     pixels = digits.data.val.pictures(torch.tensor([0]))[0].numpy()
     grey = Image.fromarray(pixels)
     for name, mode in (("grey.png", "L"), ("colour.png", "RGB"), ("alpha.png", "RGBA"), ("palette.gif", "P")):
@@ -119,6 +121,75 @@ def test_grey_networks_take_any_picture(tmp_path):
     chances = net(digits.data.val.batch(torch.tensor([0]), seed=0, epoch=0)).softmax(1)
     assert {tuple(row[1:3]) for row in found.rows} == {(str(int(chances.argmax())), f"{chances.max():.6f}")}
     assert len(found.columns) == 11  # five of ten classes
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    """A plan of segmentation, weights of its dual arm, and the network."""
+    plan = make_plan(settings("cluttered-digits", task="segmentation"))
+    path = tmp_path_factory.mktemp("pixels") / "weights.safetensors"
+    return plan, path, saved(plan, plan.arms[1], path)
+
+
+def test_masks_have_the_size_and_the_name_of_their_picture(pixels, tmp_path):
+    plan, weights, net = pixels
+    index = torch.tensor([3])
+    digit = Image.fromarray(plan.data.val.pictures(index)[0].numpy())
+    for folder, size in (("a", (60, 60)), ("b", (91, 60)), ("c", (200, 31))):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        digit.resize(size).convert("RGB").save(tmp_path / "in" / folder / "1.png")
+    out = tmp_path / "out"
+    found = predict(weights, [tmp_path / "in"], out, device="cpu", batch_size=2)
+    for folder, size in (("a", (60, 60)), ("b", (91, 60)), ("c", (200, 31))):
+        mask, overlay = read(out / "masks" / folder / "1.png"), read(out / "overlays" / folder / "1.png")
+        assert (mask.mode, mask.size, overlay.mode, overlay.size) == ("P", size, "RGB", size)
+    mask = read(out / "masks" / "a" / "1.png")
+    labels = net(plan.data.val.batch(index, seed=0, epoch=0)).argmax(1)[0]
+    assert np.array_equal(np.asarray(mask), labels.numpy())
+    assert mask.getpalette()[: 3 * 11] == [value for colour in palette(11)[:11] for value in colour]
+    rows = table(out)
+    assert rows[0][:4] == ["file", "mask", "overlay", "share of background"]
+    assert [row[1] for row in rows[1:]] == [f"masks/{folder}/1.png" for folder in "abc"]
+    assert all(sum(map(float, row[3:])) == pytest.approx(1, abs=1e-5) for row in rows[1:])
+    legend = json.loads((out / "classes.json").read_text())
+    assert legend[0] == {"index": 0, "class": "background", "colour": "#262b33"}
+    assert [entry["class"] for entry in legend[1:]] == [str(digit) for digit in range(10)]
+    assert found.brief[0][0] == str(tmp_path / "in" / "a" / "1.png")
+
+
+def read(path):
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def test_an_overlay_leaves_the_background_clear(pixels, tmp_path, monkeypatch):
+    plan, weights, _ = pixels
+    picture = plan.data.val.pictures(torch.tensor([3]))[0].numpy()
+    Image.fromarray(picture).save(tmp_path / "1.png")
+    labels = (torch.arange(60) // 20).to(torch.uint8).expand(60, 60)
+    monkeypatch.setattr(visattn.predict, "_labels", lambda scores, size: labels)
+    predict(weights, [tmp_path / "1.png"], tmp_path / "out", device="cpu")
+    assert np.array_equal(np.asarray(read(tmp_path / "out" / "masks" / "1.png")), labels)
+    overlay = np.asarray(read(tmp_path / "out" / "overlays" / "1.png"))
+    clear = labels.numpy() == 0
+    assert np.array_equal(overlay[clear], np.repeat(picture[clear][:, None], 3, axis=1))
+    assert (overlay[~clear] != picture[~clear][:, None]).any(axis=1).all()
+
+
+def test_a_picture_is_squeezed_where_it_is_very_long_and_kept_in_shape_where_not(pixels):
+    _, description = load_network(pixels[1])
+    assert description.whole(Image.new("RGB", (90, 120))).shape == (1, 80, 60)
+    assert description.whole(Image.new("L", (3000, 30))).shape == (1, 60, 240)
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_the_other_arms_of_segmentation_are_built_again(pixels, tmp_path, index):
+    plan = pixels[0]
+    net = saved(plan, plan.arms[index], tmp_path / "w.safetensors")
+    again, _ = load_network(tmp_path / "w.safetensors")
+    images = plan.data.val.batch(torch.arange(2), seed=0, epoch=0)
+    assert torch.equal(again.eval().requires_grad_(False)(images), net(images))
 
 
 def test_unreadable_pictures_are_named_and_the_others_done(weights, pictures, tmp_path, capsys):
@@ -207,6 +278,8 @@ def change(description, **entries):
         ({"format": 2}, "its description has format 2, this visattn reads up to 1: update visattn."),
         ({"format": "x"}, "its description is not of visattn."),
         ({"task": "detection"}, 'its description has task "detection", which no network has.'),
+        ({"output_stride": 8}, "its description has output_stride 8, which no network has."),
+        ({"task": "segmentation"}, "its description has output_stride null, which no network has."),
         ({"arm": "duel"}, 'its description has arm "duel", which no network has.'),
         ({"arm": 3}, "its description has arm 3, which no network has."),
         ({"backbone": "resnet81"}, "has no model 'resnet81': install another timm."),

@@ -216,18 +216,20 @@ def compare(
 
 @app.command()
 def train(
-    data: Annotated[
-        str, typer.Option(help="As for compare: cluttered-digits, a folder, or a name timm.data opens.")
-    ] = Settings.data,
-    task: Annotated[str, typer.Option(help="classification or segmentation.")] = Settings.task,
+    task: Annotated[
+        str, typer.Option(help="classification, or segmentation: a class for every pixel.")
+    ] = Settings.task,
+    data: Annotated[str, typer.Option(help="As for compare.")] = Settings.data,
     backbone: Annotated[str, typer.Option(help="A network of timm, trained from scratch.")] = Settings.backbone,
-    mechanism: Annotated[str, typer.Option(help="A block, or plain for the backbone alone.")] = "plain",
+    mechanism: Annotated[str, typer.Option(help="A block, or plain for none.")] = "plain",
     at: Annotated[
         str, typer.Option(help="Modules it goes behind, names or patterns with commas. [default: as for compare]")
     ] = "",
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = Settings.epochs,
-    batch_size: Annotated[int, typer.Option(help="Images in a step, of all devices together.")] = Settings.batch_size,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = Settings.lr,
+    epochs: Annotated[int | None, typer.Option(help=f"Passes over the training images. {_defaults('epochs')}")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help=f"Images in a step, of all devices together. {_defaults('batch_size')}")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help=f"Peak learning rate of AdamW. {_defaults('lr')}")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation; compare starts from 0.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")] = Settings.device,
     devices: Annotated[int, typer.Option(help="How many of them, a process for each.")] = 1,
@@ -237,6 +239,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the last whole epoch in --out; start where there is none.")
     ] = False,
+    output_stride: Annotated[
+        int | None, typer.Option(help=f"Of the features under a segmentation head. [default: {OUTPUT_STRIDE}]")
+    ] = None,
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Leave unreadable images out and count them.")
     ] = False,
@@ -246,9 +251,9 @@ def train(
     require_extra("visattn train")
     from visattn import train as training
 
-    trial = Settings(
+    trial = Settings.of_task(
+        task,
         data=data,
-        task=task,
         backbone=backbone,
         at=_words(at),
         epochs=epochs,
@@ -257,6 +262,7 @@ def train(
         device=device,
         precision=precision,
         out=out,
+        output_stride=output_stride,
         skip_unreadable=skip_unreadable,
     )
     settings = training.TrainSettings(trial, mechanism, seed, devices, strategy, resume)

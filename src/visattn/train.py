@@ -22,7 +22,7 @@ from visattn.compare.settings import STRATEGIES, Settings, known_mechanisms
 from visattn.compare.weights import Description, save_network
 from visattn.errors import UserError, one_line
 from visattn.profile import count_parameters
-from visattn.tasks import task_named
+from visattn.tasks import Task, task_named
 from visattn.training import Epoch, TrainingError, TrialSettings
 from visattn.training import train as run_trial
 from visattn.training.history import as_json, epochs_table
@@ -59,7 +59,12 @@ class TrainSettings:
         """The command line that continues the training."""
         t = self.trial
         words = ["visattn", "train", "--task", t.task, "--data", t.data, "--backbone", t.backbone]
-        words += ["--mechanism", self.mechanism, "--at", ",".join(t.at), "--epochs", str(t.epochs)]
+        words += ["--mechanism", self.mechanism]
+        if t.output_stride is None:
+            words += ["--at", ",".join(t.at)]
+        else:  # the place is not the user's to choose
+            words += ["--output-stride", str(t.output_stride)]
+        words += ["--epochs", str(t.epochs)]
         words += ["--batch-size", str(t.batch_size), "--lr", str(t.lr), "--seed", str(self.seed), "--device", t.device]
         words += ["--devices", str(self.devices), "--strategy", self.strategy, "--precision", t.precision]
         words += ["--out", str(t.out), *(["--skip-unreadable"] if t.skip_unreadable else []), "--resume"]
@@ -85,8 +90,10 @@ def train(settings: TrainSettings) -> Path | None:
     _check_launch(settings)
     if first:
         _check_out(settings)
-    arm = _arm(settings.mechanism)
+    if settings.mechanism != "plain":
+        known_mechanisms((settings.mechanism,), option="--mechanism")
     plan = open_plan(settings.trial)
+    arm = _arm(settings.mechanism, plan.task)
     if len(plan.data.val) < settings.devices:
         raise UserError(f"--devices {settings.devices}: more than the {len(plan.data.val)} images to measure on.")
     settings = replace(settings, trial=plan.settings, mechanism=arm.name)
@@ -151,11 +158,10 @@ def _rank() -> int:
     return int(getattr(rank_zero_only, "rank", 0))
 
 
-def _arm(name: str) -> Arm:
+def _arm(name: str, task: Task) -> Arm:
     """The arm of a mechanism's name."""
-    if name == "plain":
-        return list_arms(())[0]
-    return list_arms(known_mechanisms((name,), option="--mechanism"))[1]
+    keys = () if name == "plain" else known_mechanisms((name,), option="--mechanism")
+    return list_arms(keys, task)[len(keys)]
 
 
 def _check_launch(settings: TrainSettings) -> None:

@@ -75,7 +75,14 @@ class Plan:
     def describe(self, arm: Arm) -> Description:
         """What is written beside the weights of an arm."""
         settings = self.settings
-        return Description.of(self.data, backbone=settings.backbone, arm=arm.name, at=settings.at, control=self.control)
+        return Description.of(
+            self.data,
+            backbone=settings.backbone,
+            output_stride=settings.output_stride,
+            arm=arm.name,
+            at=settings.at,
+            control=self.control,
+        )
 
     def trials(self) -> list[tuple[Arm, int]]:
         """All trials, seed by seed, so that the first results compare all arms."""

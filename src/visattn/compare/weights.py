@@ -20,7 +20,7 @@ from visattn.data import Dataset
 from visattn.data.pictures import BILINEAR, square
 from visattn.errors import UserError, one_line, require
 from visattn.registry import MECHANISMS
-from visattn.tasks import SEGMENTATION, TASKS
+from visattn.tasks import IGNORED, SEGMENTATION, TASKS
 from visattn.writing import PARTIAL
 
 __all__ = ["FORMAT", "Description", "load_network", "save_network"]
@@ -38,9 +38,10 @@ class Description:
     Attributes:
         task: "classification" or "segmentation".
         backbone: A name of timm.
+        output_stride: Of its features under a segmentation head; None for classification.
         arm: "plain", a mechanism, or "control".
         at: Places of the blocks.
-        control: Hidden channels of the control at each place.
+        control: Hidden channels of the control, see `build_arm`.
         classes: Names of the classes.
         image_size: (H, W) of the images.
         side: What the shorter side of a picture is brought to, before its centre is cut out.
@@ -51,6 +52,7 @@ class Description:
 
     task: str
     backbone: str
+    output_stride: int | None
     arm: str
     at: tuple[str, ...]
     control: tuple[int, ...]
@@ -63,12 +65,20 @@ class Description:
 
     @classmethod
     def of(
-        cls, data: Dataset, *, backbone: str, arm: str, at: tuple[str, ...], control: tuple[int, ...]
+        cls,
+        data: Dataset,
+        *,
+        backbone: str,
+        output_stride: int | None,
+        arm: str,
+        at: tuple[str, ...],
+        control: tuple[int, ...],
     ) -> Description:
         """Describe a network on a data set."""
         return cls(
             data.task,
             backbone,
+            output_stride,
             arm,
             at,
             control if arm == "control" else (),
@@ -103,18 +113,20 @@ class Description:
         found = {name: _read(content, name) for name in (field.name for field in dataclasses.fields(cls))}
         described = cls(**found)
         sizes, channels = (*described.image_size, described.side), described.channels
+        pixels, places = described.task == SEGMENTATION.name, len(described.at)
         fits = {
             "task": described.task in TASKS,
+            "output_stride": described.output_stride in ((1, 2, 4, 8, 16, 32, 64) if pixels else (None,)),
             "arm": described.arm in ("plain", "control", *MECHANISMS),
             "image_size": len(described.image_size) == 2 and all(1 <= size <= LARGEST for size in sizes[:2]),
             "side": max(sizes[:2], default=0) <= described.side <= 2 * LARGEST,
             "channels": channels in (1, 3),
-            "classes": len(described.classes) >= 2
-            and (described.task != SEGMENTATION.name or len(described.classes) < 256),
+            "classes": len(described.classes) >= 2 and (not pixels or len(described.classes) <= IGNORED),
             "mean": len(described.mean) == channels,
             "std": len(described.std) == channels and min(described.std, default=0) > 0,
             "at": described.arm == "plain" or bool(described.at),
-            "control": len(described.control) == (len(described.at) if described.arm == "control" else 0),
+            "control": len(described.control) == ((1 if pixels else places) if described.arm == "control" else 0)
+            and min(described.control, default=1) >= 1,
         }
         for name, holds in fits.items():
             if not holds:
@@ -132,7 +144,7 @@ class Description:
 
         if not timm.is_model(self.backbone):
             raise ValueError(f"timm {timm.__version__} has no model {self.backbone!r}: install another timm")
-        arm = next(arm for arm in list_arms(MECHANISMS) if arm.name == self.arm)
+        arm = next(arm for arm in list_arms(MECHANISMS, TASKS[self.task]) if arm.name == self.arm)
         try:
             net = build_backbone(
                 self.backbone,
@@ -140,6 +152,7 @@ class Description:
                 channels=self.channels,
                 image_size=self.image_size,
                 seed=0,
+                output_stride=self.output_stride,
             )
             sample = torch.zeros(2, self.channels, *self.image_size)
             build_arm(net, arm, at=self.at, sample=sample, seed=0, control=self.control)
@@ -185,6 +198,8 @@ def _read(content: Mapping[str, Any], name: str) -> Any:
     """One entry of a description, of the type that its attribute has."""
     hint = str(Description.__annotations__[name])
     many = hint.startswith("tuple")
+    if name in content and content[name] is None and hint.endswith("None"):
+        return None
     kind = next(kind for word, kind in _KINDS.items() if word in hint)
     value = content.get(name)
     values = value if isinstance(value, list) else [value]
