@@ -223,7 +223,7 @@ def train(
     backbone: Annotated[str, typer.Option(help="A network of timm, trained from scratch.")] = Settings.backbone,
     mechanism: Annotated[str, typer.Option(help="A block, or plain for none.")] = "plain",
     at: Annotated[
-        str, typer.Option(help="Modules it goes behind, names or patterns with commas. [default: as for compare]")
+        str, typer.Option(help="Modules it goes behind, names or patterns with commas. \\[default: as for compare]")
     ] = "",
     epochs: Annotated[int | None, typer.Option(help=f"Passes over the training images. {_defaults('epochs')}")] = None,
     batch_size: Annotated[
@@ -240,7 +240,8 @@ def train(
         bool, typer.Option("--resume", help="Go on after the last whole epoch in --out; start where there is none.")
     ] = False,
     output_stride: Annotated[
-        int | None, typer.Option(help=f"Of the features under a segmentation head. [default: {OUTPUT_STRIDE}]")
+        int | None,
+        typer.Option(help="Of the features under a segmentation head. \\[default: 8; images of less than 128: 4]"),
     ] = None,
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Leave unreadable images out and count them.")
