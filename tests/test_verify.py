@@ -91,8 +91,8 @@ def test_exactly_nine_cases_are_skipped_each_with_its_reason(run):
         "sk_timm_split_groups": "split_input=True",
     }
     _, out, _ = run("pyramid_squeeze", "skunit_train")
-    assert "pyramid_squeeze/epsanet50_eval: epsanet50 is a whole network" in out
-    assert "selective_kernel/skunit_train: SKUnit is a residual unit around SKConv" in out
+    assert "pyramid_squeeze/epsanet50_eval: epsanet50 is a whole network: visattn verify --networks checks it" in out
+    assert "selective_kernel/skunit_train: SKUnit is the unit of a network: visattn verify --networks checks it" in out
 
 
 def test_names_choose_mechanisms_aliases_forms_and_cases(run):

@@ -54,6 +54,9 @@ def verify(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float64",
     impl: Annotated[str, typer.Option(help="Which implementation, such as auto or reference; all for each.")] = "auto",
+    networks: Annotated[
+        bool, typer.Option("--networks", help="Check the papers' whole networks, loaded from files, instead of blocks.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
     cases: Annotated[Path | None, typer.Option(help="Folder of recorded cases; the shipped ones by default.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -62,7 +65,17 @@ def verify(
     require("numpy", extra="compare", purpose="visattn verify")
     from visattn.verify.report import verify as run
 
-    if not run(names or [], device=device, dtype=dtype, impl=impl, json_file=json_file, cases=cases, debug=debug):
+    passed = run(
+        names or [],
+        device=device,
+        dtype=dtype,
+        impl=impl,
+        networks=networks,
+        json_file=json_file,
+        cases=cases,
+        debug=debug,
+    )
+    if not passed:
         raise typer.Exit(1)
 
 

@@ -116,6 +116,12 @@ _UNIT: tuple[Rule, ...] = (
     ("shortcut.", "downsample.", "same"),
 )
 
+_BOTTLENECK: tuple[Rule, ...] = (
+    *((f"conv{i}.{j}.", f"{name}{i}.", "same") for i in (1, 3) for j, name in enumerate(("conv", "bn"))),
+    *_within("conv2_sk.", "conv2.", _of("developer0hye/SKNet-PyTorch:SKConv").names),
+    ("shortcut.", "downsample.", "same"),
+)
+
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "DANet",
@@ -168,13 +174,7 @@ LAYOUTS: tuple[Layout, ...] = (
         (
             ("basic_conv.0.", "conv1.", "same"),
             ("basic_conv.1.", "bn1.", "same"),
-            *(
-                (f"stage_{{s}}.{{u}}.conv{i}.{j}.", f"layer{{s}}.{{u}}.{name}{i}.", "same")
-                for i in (1, 3)
-                for j, name in enumerate(("conv", "bn"))
-            ),
-            *_within("stage_{s}.{u}.conv2_sk.", "layer{s}.{u}.conv2.", _of("developer0hye/SKNet-PyTorch:SKConv").names),
-            ("stage_{s}.{u}.shortcut.", "layer{s}.{u}.downsample.", "same"),
+            *_within("stage_{s}.{u}.", "layer{s}.{u}.", _BOTTLENECK),
             ("classifier.", "fc.", "same"),
         ),
     ),
@@ -189,6 +189,7 @@ LAYOUTS: tuple[Layout, ...] = (
             ("classifier.0.", "fc.", "same"),
         ),
     ),
+    Layout("SKUnit", "developer0hye/SKNet-PyTorch", (r"conv2_sk\.convs\.0\.0\.weight",), _BOTTLENECK),
     Layout("SKUnit", "pppLang/SKNet", (r"feas\.2\.convs\.0\.0\.weight",), _UNIT),
     Layout("EPSANet", "murufeng/EPSANet", (r"layer1\.0\.conv2\.conv_1\.weight",), (("", "", "same"),)),
 )

@@ -10,9 +10,11 @@ from visattn.models.classification import (
     sknet101,
 )
 from visattn.models.segmentation import Segmenter, danet, danet50, danet101, eanet, eanet50, eanet101, fcn
+from visattn.models.sknet_small import SelectiveKernelUnit, sknet_small
 
 __all__ = [
     "Segmenter",
+    "SelectiveKernelUnit",
     "danet",
     "danet50",
     "danet101",
@@ -27,4 +29,5 @@ __all__ = [
     "sknet26",
     "sknet50",
     "sknet101",
+    "sknet_small",
 ]

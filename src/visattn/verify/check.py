@@ -81,11 +81,11 @@ def skip_reason(case: Case, mechanisms: Iterable[str]) -> str | None:
     if mechanism not in mechanisms:
         return f"visattn has no mechanism {mechanism!r} yet"
     if _NETWORKS.get(name) == mechanism:
-        return f"{name} is a whole network; its attention block is checked by itself"
+        return f"{name} is a whole network: visattn verify --networks checks it"
     if mechanism != "selective_kernel":
         return None
     if name == "SKUnit":
-        return "SKUnit is a residual unit around SKConv, which is checked by itself"
+        return "SKUnit is the unit of a network: visattn verify --networks checks it"
     if name == "Bottleneck" and case.source["repo"] == "implus/PytorchInsight":
         return "a residual unit whose branches are two 3x3 convolutions, not the paper's selective kernel"
     if name == "SelectiveKernel" and case.constructor.get("split_input", True) is True:

@@ -23,6 +23,7 @@ from visattn.profile import device_name
 from visattn.testing.tolerance import FLOAT64_TOLERANCE, NEIGHBOURS
 from visattn.verify.cases import SHIPPED, Case, load_cases
 from visattn.verify.check import GROUPS, Result, check_case, group_of, implementations, skip_reason
+from visattn.verify.networks import check_network, is_network
 from visattn.writing import writable, write_text
 
 __all__ = ["verify"]
@@ -36,6 +37,7 @@ def verify(
     device: str = "cpu",
     dtype: str = "float64",
     impl: str = "auto",
+    networks: bool = False,
     json_file: Path | None = None,
     cases: Path | None = None,
     debug: bool = False,
@@ -48,6 +50,7 @@ def verify(
         device: Where to run, such as "cpu" or "cuda".
         dtype: "float64", "float32", "bfloat16" or "float16".
         impl: Implementation to check, or "all"; a case whose block has no such one is skipped.
+        networks: Check the whole networks, their weights loaded from files, instead of the blocks; in float64 alone.
         json_file: Also write the results there, whole or not at all.
         cases: Folder of recorded cases; the shipped ones by default.
         debug: Let an exception in a block through.
@@ -64,14 +67,23 @@ def verify(
     known = sorted({name for block in vars(blocks).values() for name in getattr(block, "impls", ())})
     if impl not in ("all", *known):
         raise UserError(f"unknown implementation {impl!r}. Choose from all, {', '.join(known)}")
+    if networks and (dtype, impl) != ("float64", "auto"):
+        raise UserError("--networks checks what users get, in float64: leave --dtype and --impl out")
     place = find_device(device, "verify")
     if json_file is not None:
         json_file = writable(json_file)
     chosen = _choose(load_cases(SHIPPED if cases is None else cases), names)
+    if networks:
+        chosen = [case for case in chosen if is_network(case)]
+        if not chosen:
+            raise UserError(f"no network among the cases of {', '.join(names) or cases}")
     console = console or _console()
     results = []
     with precise_matmul():
         for case in chosen:
+            if networks:
+                results.append(check_network(case, device=place, debug=debug))
+                continue
             reason = skip_reason(case, registry.MECHANISMS)
             if reason is not None:
                 results.append(Result(case, "skipped", [reason]))
