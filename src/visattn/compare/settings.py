@@ -19,7 +19,7 @@ __all__ = ["DEFAULT_BACKBONE", "FORMAT", "PRECISIONS", "STRATEGIES", "Settings",
 DEFAULT_BACKBONE = "test_byobnet"
 FORMAT = 2  # of the run folder
 # A step on masks takes long on two cores. In the few minutes of a first look, small batches learn the most.
-DEFAULTS: dict[str, dict[str, Any]] = {SEGMENTATION.name: {"epochs": 3, "seeds": 2, "batch_size": 8, "lr": 6e-3}}
+DEFAULTS: dict[str, dict[str, Any]] = {SEGMENTATION.name: {"epochs": 3, "seeds": 2, "batch_size": 8}}
 PRECISIONS = ("float32", "bfloat16", "float16")
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 
