@@ -87,9 +87,18 @@ def test_wrong_arguments():
         ValueError, match=r"danet: backbone 'test_vit' has features of strides .*, got output_stride=8. Use"
     ):
         models.danet("test_vit")
-    with pytest.raises(ValueError, match=r"eanet: multi_grid needs a ResNet with a factor for each unit .*units=3"):
+    with pytest.raises(ValueError, match=r"eanet: multi_grid needs a ResNet and a number for each unit .*units=3"):
         models.eanet("resnet50", multi_grid=(1, 2))
     with pytest.raises(ValueError, match="eanet: multi_grid needs a ResNet"):
         models.eanet("test_convnext", multi_grid=(1, 2, 4))
     with pytest.raises(ValueError, match="output_stride must be >= 1, got output_stride=0"):
         models.fcn("resnet18", output_stride=0)
+
+
+def test_the_dilations_of_the_authors_file_for_cityscapes():
+    net = models.danet("resnet50", last_dilations=(4, 8, 16), num_classes=2)
+    units = [unit.conv2 for unit in net.backbone.layer4]
+    assert [(unit.dilation, unit.padding) for unit in units] == [((d, d), (d, d)) for d in (4, 8, 16)]
+    assert net.eval()(X[:1]).shape == (1, 2, 61, 47)
+    with pytest.raises(ValueError, match=r"danet: last_dilations needs a ResNet and a number .*\(4, 8\), units=3"):
+        models.danet("resnet50", last_dilations=(4, 8))

@@ -96,19 +96,29 @@ def _backbone(
     return backbone, int(info.channels()[index])
 
 
-def _multi_grid(owner: str, backbone: nn.Module, grid: Sequence[int]) -> None:
-    """Widen the dilation of the units of the last stage, each by its own factor; the first unit stays as it is."""
-    units = list(getattr(backbone, "layer4", ()))
+def _last_units(owner: str, backbone: nn.Module, option: str, numbers: Sequence[int]) -> list[nn.Conv2d]:
+    """The 3x3 convolutions in the units of a ResNet's last stage, one for each number of an option.
+
+    Raises:
+        ValueError: It is no ResNet, or one with another number of units.
+    """
+    units = [getattr(unit, "conv2", None) for unit in getattr(backbone, "layer4", ())]
+    convolutions = [unit for unit in units if isinstance(unit, nn.Conv2d)]
     check(
-        len(units) == len(grid) and all(isinstance(getattr(unit, "conv2", None), nn.Conv2d) for unit in units),
+        len(convolutions) == len(units) == len(numbers) > 0,
         owner,
-        "multi_grid needs a ResNet with a factor for each unit of its last stage",
-        remedy="Use multi_grid=None.",
-        multi_grid=tuple(grid),
+        f"{option} needs a ResNet and a number for each unit of its last stage",
+        remedy=f"Use {option}=None.",
+        **{option: tuple(numbers)},
         units=len(units),
     )
-    for unit, factor in list(zip(units, grid, strict=True))[1:]:
-        unit.conv2.dilation = unit.conv2.padding = tuple(size * factor for size in unit.conv2.dilation)
+    return convolutions
+
+
+def _multi_grid(owner: str, backbone: nn.Module, grid: Sequence[int]) -> None:
+    """Widen the dilation of the units of the last stage, each by its own factor; the first unit stays as it is."""
+    for unit, factor in list(zip(_last_units(owner, backbone, "multi_grid", grid), grid, strict=True))[1:]:
+        unit.dilation = unit.padding = tuple(size * factor for size in unit.dilation)
 
 
 def _conv_norm_act(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -171,6 +181,7 @@ def danet(
     in_chans: int = 3,
     output_stride: int = 8,
     drop_rate: float = 0.1,
+    last_dilations: Sequence[int] | None = None,
     **options: Any,
 ) -> Segmenter:
     """DANet: position and channel attention in parallel, three outputs in training, their sum's in inference.
@@ -181,10 +192,12 @@ def danet(
         in_chans: Channels of the images.
         output_stride: See `fcn`.
         drop_rate: Dropout of whole channels before each classifier.
+        last_dilations: Of the units in a ResNet's last stage, in place of timm's. The file that the authors published,
+            for Cityscapes, needs `danet("resnet101", num_classes=19, last_dilations=(4, 8, 16))`.
         options: Of the backbone, for timm.
 
     Raises:
-        ValueError: timm has no such network, or it has no features of that stride.
+        ValueError: timm has no such network, it has no features of that stride, or last_dilations does not fit it.
 
     Differs from the authors' code:
         In eval mode the first output alone is returned (`outputs` gives all three), and any backbone will do.
@@ -198,6 +211,11 @@ def danet(
         ([5, 5, 5], 5)
     """
     net, width = _backbone("danet", backbone, in_chans, output_stride, options)
+    if last_dilations is not None:
+        for unit, dilation in zip(
+            _last_units("danet", net, "last_dilations", last_dilations), last_dilations, strict=True
+        ):
+            unit.dilation = unit.padding = (dilation, dilation)
     return Segmenter(net, DualAttentionHead(width, num_classes, drop=drop_rate), num_classes)
 
 
