@@ -134,8 +134,8 @@ LAYOUTS: tuple[Layout, ...] = (
             *_within("decode_head.", "head.", _MMSEG_HEAD),
         ),
         dropped=("auxiliary_head.",),
-        note="its backbone is timm's resnet50c or resnet101c; its files trained on crops of 512 resize the logits "
-        "without aligned corners",
+        note="its backbone is timm's resnet50c or resnet101c; files trained on crops other than 769x769 resize their "
+        "logits without aligned corners",
     ),
     Layout(
         "DANet",
@@ -143,8 +143,8 @@ LAYOUTS: tuple[Layout, ...] = (
         (r"pretrained\.conv1\.weight", r"head\.conv5a\.0\.weight"),
         _DANET,
         dropped=_DANET_DROPPED,
-        note="its backbone has a plain stem, as timm's resnet50 or resnet101; files do not tell dilations, in the last "
-        "stage of the authors' DANet101 for Cityscapes 4, 8 and 16",
+        note="its backbone has a plain stem, as timm's resnet101; files do not tell dilations: the authors' DANet101 "
+        "for Cityscapes needs last_dilations=(4, 8, 16)",
     ),
     Layout(
         "DANet",
