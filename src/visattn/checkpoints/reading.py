@@ -143,7 +143,7 @@ def _refused_or_damaged(error: BaseException, got: str) -> ValueError:
     text = str(error)
     if re.search(r"Unsupported operand \d+", text):
         return ValueError(
-            f"the pickle is of a form that is not read safely; nothing was run, {got}. "
+            f"the pickle is damaged or of a form that is not read safely; nothing was run, {got}. "
             "Where you trust the file, save it again with the defaults of torch.save."
         )
     wanted = re.search(r"GLOBAL ([\w.]+)|unrecognized function (.+)", text)
