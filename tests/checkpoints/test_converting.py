@@ -37,7 +37,7 @@ def test_a_published_file_becomes_one_with_our_names(tmp_path, capsys):
     status, out, error = run(capsys, "convert", source, target)
     assert (status, error) == (0, "")
     assert out.startswith(
-        "in.pth: PAM as of changzy00/pytorch-attention (under 'model', without the prefix 'module.')\n"
+        "in.pth: PAM as of changzy00/pytorch-attention, under 'model', without the prefix 'module.'\n"
     )
     with safe_open(target, "pt") as file:
         assert {*file.keys()} == {*state}

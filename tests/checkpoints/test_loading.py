@@ -168,7 +168,7 @@ def test_a_network_in_its_authors_names(tmp_path, title):
     file = saved(tmp_path, {"epoch": 2, "state_dict": {f"module.{k}": v for k, v in theirs(state).items()}})
     record = load_checkpoint(net, file)
     assert equal(net, state)
-    assert record.layout == f"{title} (under 'state_dict', without the prefix 'module.')"
+    assert record.layout == f"{title}, under 'state_dict', without the prefix 'module.'"
     assert {*record.mapped} == {*state}
     assert (record.dropped, record.left) == ((), ())
 
@@ -530,6 +530,6 @@ def test_the_record_is_short(tmp_path):
     record = load_checkpoint(danet(), saved(tmp_path, {"state_dict": of_danet(changed(danet()))}))
     assert isinstance(record.file, Path)
     assert str(record) == (
-        "file.pth: DANet as of junfu1115/DANet (under 'state_dict')\n"
+        "file.pth: DANet as of junfu1115/DANet, under 'state_dict'\n"
         f"  mapped  {len(record.mapped)} tensors\n  dropped nothing\n  left at initialisation nothing"
     )

@@ -113,7 +113,7 @@ def load_checkpoint(net: nn.Module, file: str | os.PathLike[str], *, strict: boo
         >>> file = pathlib.Path(folder.name, "cam.pth")
         >>> torch.save({"epoch": 3, "state_dict": {"module.beta": torch.ones(1)}}, file)
         >>> print(load_checkpoint(visattn.ChannelAttention(8, inverted=False), file))
-        cam.pth: CAM as of changzy00/pytorch-attention (under 'state_dict', without the prefix 'module.')
+        cam.pth: CAM as of changzy00/pytorch-attention, under 'state_dict', without the prefix 'module.'
           mapped  1 tensors
           dropped nothing
           left at initialisation nothing

@@ -40,9 +40,9 @@ def some(names: Sequence[str]) -> str:
 
 
 def _title(what: str, repo: str, content: Content, prefix: str) -> str:
-    around = [f"under {content.within!r}"] if content.within else []
-    around += [f"without the prefix {prefix!r}"] if prefix else []
-    return f"{what} as of {repo}" + (f" ({', '.join(around)})" if around else "")
+    around = f", under {content.within!r}" if content.within else ""
+    around += f", without the prefix {prefix!r}" if prefix else ""
+    return f"{what} as of {repo}{around}"
 
 
 def _network(content: Content, state: Mapping[str, Tensor], prefix: str) -> Match | None:
