@@ -173,50 +173,6 @@ def test_a_network_in_its_authors_names(tmp_path, title):
     assert (record.dropped, record.left) == ((), ())
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "dual/danet50_eval",
-        "external/eanet50_eval",
-        "selective_kernel/sknet26_eval",
-        "pyramid_squeeze/epsanet50_eval",
-        "selective_kernel/skunit_train",
-        "pyramid_squeeze/epsa_block_eval",
-    ],
-)
-def test_recorded_networks(tmp_path, path):
-    """Where the recordings of whole networks are shipped, the shapes of every tensor are the authors'."""
-    if not (SHIPPED / f"{path}.json").exists():
-        pytest.skip(f"{path} is not shipped")
-    case = load_case(SHIPPED / f"{path}.json")
-    builders = {
-        "DANet": lambda: models.danet50(num_classes=3),
-        "EANet": lambda: models.eanet50(num_classes=3),
-        "SKNet26": lambda: models.sknet26(num_classes=10),
-        "epsanet50": models.epsanet50,
-        "SKUnit": lambda: SelectiveKernelUnit(12, 24, stride=2, groups=4, min_hidden=8),
-        "EPSABlock": lambda: visattn.PyramidSqueezeBottleneck(256, 64),
-    }
-    net = builders[case.source["class"]]()
-    shapes = {
-        name: torch.zeros(array.shape, dtype=torch.from_numpy(array[...]).dtype) for name, array in case.state.items()
-    }
-    record = load_checkpoint(net, saved(tmp_path, shapes))
-    assert len(record.mapped) == len(shapes) == len(net.state_dict())
-
-
-def test_the_recorded_unit_gives_the_recorded_output(tmp_path):
-    case = load_case(SHIPPED / "selective_kernel" / "skunit_train.json")
-    net = SelectiveKernelUnit(12, 24, stride=2, groups=4, min_hidden=8).double()
-    load_checkpoint(net, saved(tmp_path, {k: torch.from_numpy(v) for k, v in case.state.items()}))
-    out = net.train()(torch.from_numpy(case.inputs["x"]))
-    assert (out - torch.from_numpy(case.expected["out"])).abs().max() < 1e-10
-    theirs = of_ppplang_unit(net.state_dict())
-    for name, array in case.expected.items():
-        if name.startswith("buffer:"):
-            assert (theirs[name[7:]] - torch.from_numpy(array)).abs().max() < 1e-10
-
-
 def test_what_only_training_needs_is_dropped(tmp_path):
     net = danet()
     theirs = of_danet(changed(danet()))
