@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import visattn.predict
 from visattn.cli import main
+from visattn.colours import palette
 from visattn.compare import Settings, compare
 from visattn.compare.arms import list_arms
 from visattn.compare.plan import make_plan, open_plan
@@ -20,7 +21,7 @@ from visattn.compare.weights import Description, load_network, save_network
 from visattn.data import open_data
 from visattn.errors import UserError
 from visattn.predict import _labels, _names, find_images, predict
-from visattn.tasks import CLASSIFICATION, palette
+from visattn.tasks import CLASSIFICATION
 
 
 def settings(data, **options):

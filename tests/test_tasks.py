@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from visattn.tasks import CLASSIFICATION, SEGMENTATION, main_output, palette, task_named
+from visattn.tasks import CLASSIFICATION, SEGMENTATION, main_output, task_named
 
 
 def test_loss_is_the_cross_entropy_of_what_is_not_ignored():
@@ -50,11 +50,3 @@ def test_an_unknown_task():
 
 def test_the_score_at_the_head_of_a_text():
     assert (CLASSIFICATION.heading, SEGMENTATION.heading) == ("Top-1", "mIoU")
-
-
-@pytest.mark.parametrize("count", [1, 2, 11, 21, 150, 256])
-def test_palette_has_a_colour_of_its_own_for_every_class(count):
-    colours = palette(count)
-    assert len(colours) == 256
-    assert len(set(colours[:count])) == count
-    assert all(0 <= channel <= 255 for colour in colours for channel in colour)

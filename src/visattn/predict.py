@@ -18,11 +18,12 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.nn import functional
 
+from visattn.colours import hex_code, indexed, palette
 from visattn.compare.weights import Description, load_network
 from visattn.data.pictures import decode, images_in
 from visattn.devices import find_device
 from visattn.errors import UserError, require
-from visattn.tasks import CLASSIFICATION, main_output, palette
+from visattn.tasks import CLASSIFICATION, main_output
 from visattn.writing import write_json, write_text
 
 __all__ = ["Predictions", "find_images", "predict", "show"]
@@ -238,7 +239,6 @@ class _Masks:
     def __init__(self, net: nn.Module, description: Description, files: Sequence[Path], out: Path) -> None:
         self.net, self.description, self.out = net, description, out
         self.names = dict(zip(files, _names(files), strict=True))
-        self.colours = palette(len(description.classes))
         columns = ["file", "mask", "overlay", *(f"share of {name}" for name in description.classes)]
         self.found = Predictions(columns, ["file", "largest classes"])
 
@@ -265,8 +265,7 @@ class _Masks:
     def _write(self, path: Path, picture: Any, labels: Tensor) -> None:
         image = require("PIL.Image", extra="compare", purpose="visattn predict")
         name = self.names[path]
-        mask = image.fromarray(labels.numpy())
-        mask.putpalette([value for colour in self.colours for value in colour])
+        mask = indexed(labels.numpy(), len(self.description.classes))
         clear = [0 if entry == BACKGROUND else 140 for entry in self.description.classes]
         alpha = image.fromarray(torch.tensor(clear, dtype=torch.uint8)[labels.long()].numpy())
         overlay = image.composite(mask.convert("RGB"), picture, alpha)
@@ -284,9 +283,9 @@ class _Masks:
     def finish(self) -> None:
         """Write which colour and which index is which class."""
         classes = self.description.classes
+        colours = palette(len(classes))
         legend = [
-            {"index": index, "class": name, "colour": "#{:02x}{:02x}{:02x}".format(*self.colours[index])}
-            for index, name in enumerate(classes)
+            {"index": index, "class": name, "colour": hex_code(colours[index])} for index, name in enumerate(classes)
         ]
         write_json(self.out / "classes.json", legend)
 

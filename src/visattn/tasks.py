@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from visattn.errors import did_you_mean
 
-__all__ = ["CLASSIFICATION", "IGNORED", "SEGMENTATION", "TASKS", "Task", "main_output", "palette", "task_named"]
+__all__ = ["CLASSIFICATION", "IGNORED", "SEGMENTATION", "TASKS", "Task", "main_output", "task_named"]
 
 IGNORED = 255  # the value of a pixel that belongs to no class: it is neither trained nor measured on
 
@@ -55,10 +55,7 @@ class Task:
             functional.cross_entropy(logits.float(), targets, ignore_index=self.ignored, reduction="sum")
             for logits in outputs
         ]
-        total = sums[0]
-        for other in sums[1:]:
-            total = total + other
-        return total / counted
+        return torch.stack(sums).sum() / counted
 
     def counted(self, targets: Tensor) -> Tensor:
         """How many targets are not ignored."""
@@ -85,19 +82,3 @@ def task_named(name: str) -> Task:
 def main_output(output: Output) -> Tensor:
     """The logits that answer, of a network that may have auxiliary heads."""
     return output if isinstance(output, Tensor) else output[0]
-
-
-def palette(count: int) -> list[tuple[int, int, int]]:
-    """A colour for each class and 256 in all: class 0 dark, as it is mostly background, ignored pixels pale grey.
-
-    Hues go around once; neighbours differ in lightness too.
-
-    Args:
-        count: How many classes there are.
-    """
-    colours = [(38, 43, 51)]
-    for index in range(count - 1):
-        lightness = (0.62, 0.42, 0.76)[index % 3]
-        channels = colorsys.hls_to_rgb(index / (count - 1), lightness, 0.75)
-        colours.append((round(255 * channels[0]), round(255 * channels[1]), round(255 * channels[2])))
-    return colours[:256] + [(225, 225, 225)] * (256 - len(colours))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from visattn.compare.reading import Arm, Examples
 
-__all__ = ["SHOWN", "Attended", "Picture", "attended", "picture_of", "pictures"]
+__all__ = ["SHOWN", "Attended", "Picture", "attended", "picture_of", "pictures", "source_of"]
 
 SHOWN = 6  # images per arm
 PLACES = 3  # places per arm, spread over those that were captured
@@ -161,7 +161,7 @@ def picture_of(image: npt.NDArray[np.uint8]) -> Picture:
     picture = Image.fromarray(image)
     picture.thumbnail((_SIDE, _SIDE))
     digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()[:12]
-    return Picture(f"image-{digest}", _png(picture), picture.width, picture.height)
+    return Picture(f"image-{digest}", source_of(picture), picture.width, picture.height)
 
 
 def _heat(weights: npt.NDArray[Any]) -> str:
@@ -173,7 +173,7 @@ def _heat(weights: npt.NDArray[Any]) -> str:
     pixels[..., 3] = np.round(230 * strength).astype(np.uint8)
     overlay = Image.fromarray(pixels)
     overlay.thumbnail((_SIDE, _SIDE))
-    return _png(overlay)
+    return source_of(overlay)
 
 
 def _channel(weights: npt.NDArray[Any]) -> str:
@@ -187,10 +187,11 @@ def _channel(weights: npt.NDArray[Any]) -> str:
             shape = (-1, 1) if axis == 0 else (1, -1)
             scaled = np.add.reduceat(scaled, starts, axis=axis) / counts.reshape(shape)
     colours = mpl.colormaps["cividis"](scaled)[..., :3]
-    return _png(Image.fromarray(np.round(255 * colours).astype(np.uint8)))
+    return source_of(Image.fromarray(np.round(255 * colours).astype(np.uint8)))
 
 
-def _png(image: Image.Image) -> str:
+def source_of(image: Image.Image) -> str:
+    """A picture as the page holds it."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from visattn.colours import hex_code, palette
 from visattn.compare.reading import Arm, Run
-from visattn.tasks import palette
 
-__all__ = ["ClassRow", "class_means", "class_names", "class_table", "css", "detail_mean"]
+__all__ = ["ClassRow", "class_means", "class_names", "class_table", "detail_mean"]
 
 STRONGEST = 55  # of 100, the colour of the largest difference in the table
 
@@ -18,28 +19,21 @@ def class_names(run: Run) -> list[str]:
     return [str(name) for name in run.dataset.get("classes") or []]
 
 
-def css(colour: tuple[int, int, int]) -> str:
-    """A colour for a style sheet."""
-    return "#{:02x}{:02x}{:02x}".format(*colour)
-
-
-def detail_mean(arm: Arm, name: str) -> float:
-    """Mean over seeds of one further score, from 0 to 1; NaN where no trial has it."""
-    values = [trial.details[name][0] for trial in arm.trials.values() if name in trial.details]
+def _mean(values: Iterable[float]) -> float:
+    """Mean of the numbers among values; NaN where there is none."""
     finite = [value for value in values if math.isfinite(value)]
     return math.fsum(finite) / len(finite) if finite else math.nan
 
 
+def detail_mean(arm: Arm, name: str) -> float:
+    """Mean over seeds of one further score, from 0 to 1; NaN where no trial has it."""
+    return _mean(trial.details[name][0] for trial in arm.trials.values() if name in trial.details)
+
+
 def class_means(arm: Arm, count: int) -> list[float]:
     """IoU of each class in percent, mean over the seeds in which the class occurred; NaN where there is none."""
-    means = []
-    for label in range(count):
-        values = [
-            trial.details["iou"][label] for trial in arm.trials.values() if len(trial.details.get("iou", ())) > label
-        ]
-        finite = [100 * value for value in values if math.isfinite(value)]
-        means.append(math.fsum(finite) / len(finite) if finite else math.nan)
-    return means
+    found = [trial.details.get("iou", ()) for trial in arm.trials.values()]
+    return [_mean(100 * iou[label] for iou in found if len(iou) > label) for label in range(count)]
 
 
 @dataclass(frozen=True)
@@ -82,6 +76,6 @@ def class_table(run: Run) -> list[ClassRow]:
 
     colours = palette(len(classes))
     return [
-        ClassRow(name, css(colours[label]), tuple(cell(arm, label) for arm in run.arms))
+        ClassRow(name, hex_code(colours[label]), tuple(cell(arm, label) for arm in run.arms))
         for label, name in enumerate(classes)
     ]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from visattn.compare.attended import SHOWN, Picture, picture_of
-from visattn.compare.classes import class_names, css
+from visattn.colours import hex_code, indexed, palette
+from visattn.compare.attended import SHOWN, Picture, picture_of, source_of
+from visattn.compare.classes import class_names
 from visattn.compare.reading import Arm, Run
-from visattn.tasks import IGNORED, palette
+from visattn.tasks import IGNORED
 
 __all__ = ["Predicted", "predicted"]
 
@@ -68,15 +65,18 @@ def predicted(run: Run) -> Predicted | None:
     def name(label: int) -> str:
         return "ignored" if label == IGNORED else classes[label] if label < len(classes) else f"class {label}"
 
-    strips = [Strip(None, tuple(_mask(mask, colours) for mask in truth), ("",) * len(truth))]
+    def sources(some: npt.NDArray[Any]) -> tuple[str, ...]:
+        return tuple(source_of(indexed(mask, len(classes))) for mask in some)
+
+    strips = [Strip(None, sources(truth), ("",) * len(truth))]
     for (arm, _), some in zip(same, masks, strict=True):
         captions = tuple(_caption(mask, true) for mask, true in zip(some, truth, strict=True))
-        strips.append(Strip(arm, tuple(_mask(mask, colours) for mask in some), captions))
+        strips.append(Strip(arm, sources(some), captions))
     return Predicted(
         pictures=tuple(picture_of(image) for image in first.images[:SHOWN]),
         truths=tuple(", ".join(name(int(label)) for label in np.unique(mask)) for mask in truth),
         strips=tuple(strips),
-        legend=tuple((name(label), css(colours[label])) for label in used),
+        legend=tuple((name(label), hex_code(colours[label])) for label in used),
         seed=first.seed,
     )
 
@@ -89,12 +89,3 @@ def _caption(mask: npt.NDArray[Any], truth: npt.NDArray[Any]) -> str:
         ours, true = (mask == label) & known, (truth == label) & known
         shares.append((ours & true).sum() / (ours | true).sum())
     return f"{100 * float(np.mean(shares)):.0f}%" if shares else ""
-
-
-def _mask(mask: npt.NDArray[Any], colours: Sequence[tuple[int, int, int]]) -> str:
-    """A mask as an indexed picture."""
-    picture = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
-    picture.putpalette([channel for colour in colours for channel in colour])
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

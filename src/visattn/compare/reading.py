@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from visattn.compare.settings import FORMAT
 from visattn.errors import UserError
-from visattn.tasks import TASKS, Task
+from visattn.tasks import SEGMENTATION, TASKS, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -275,8 +275,7 @@ def _read_examples(path: Path, seed: int, task: Task) -> Examples:
     count = len(images)
     if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)):
         raise broken(f"images must be uint8 of shape (n, H, W) or (n, H, W, 3), got {images.dtype} {images.shape}")
-    shapes = {"classification": (count,), "segmentation": images.shape[:3]}
-    expected = shapes[task.name]
+    expected = images.shape[:3] if task is SEGMENTATION else (count,)
     if labels.shape != expected or predictions.shape != expected or query.shape != (2,):
         raise broken(f"labels, predictions and query must have shapes {expected}, {expected} and (2,)")
     maps = {}
