@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 from torchvision.models import resnet18
+from torchvision.models.resnet import Bottleneck, ResNet
 
 import visattn
 from visattn.blocks import PyramidSqueezeAttention, SelectiveKernel
@@ -70,6 +71,16 @@ def test_a_torchvision_network_trains():
     visattn.replace(net, "sk", at="layer*.conv?")
     assert isinstance(net.layer1[0].bn1, nn.Identity)
     net(torch.randn(2, 3, 65, 71)).square().sum().backward()
+
+
+def test_a_torchvision_resnext_trains():
+    net = ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5, groups=32, width_per_group=4)
+    record = visattn.replace(net, "selective_kernel", at="layer*.conv2")
+    assert [place.convolution for place in record.places][1] == "conv 256 -> 256, 3x3, stride 2, 32 groups"
+    assert isinstance(net.layer1[0].bn2, nn.Identity)
+    assert isinstance(net.layer1[0].relu, nn.ReLU)  # it also serves the norms that stay
+    net(torch.randn(2, 3, 65, 71)).square().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
 
 
 def test_remove_brings_everything_back():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
-__all__ = ["UserError", "check", "did_you_mean", "one_line", "require"]
+__all__ = ["UserError", "check", "did_you_mean", "one_line", "require", "some"]
 
 
 class UserError(Exception):
@@ -39,6 +39,12 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
 def one_line(error: BaseException) -> str:
     """What an exception says, in one line; its type where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from visattn.blocks import PyramidSqueezeAttention
+from visattn.errors import some
 from visattn.registry import list_blocks, resolve
 
 __all__ = ["Replaced", "Replacement", "replace"]
@@ -171,17 +172,15 @@ def _convolutions(net: nn.Module, at: str | Sequence[str]) -> dict[str, nn.Conv2
         names = [name for name in modules if name == pattern or fnmatch.fnmatchcase(name, pattern)]
         if not names:
             fit = [name for name, module in modules.items() if not _objection(module)]
-            more = f" and {len(fit) - _SHOWN} more" if len(fit) > _SHOWN else ""
-            known = f"Convolutions: {', '.join(fit[:_SHOWN])}{more}" if fit else "It has no convolution to replace"
+            known = f"Convolutions: {some(fit, _SHOWN)}" if fit else "It has no convolution to replace"
             raise ValueError(f"replace: at={pattern!r} matches no module. {known}.")
         chosen.update(names)
     objections = {name: _objection(module) for name, module in modules.items() if name in chosen}
     unfit = [f"{name} ({reason})" for name, reason in objections.items() if reason]
     if unfit:
-        more = f" and {len(unfit) - _SHOWN} more" if len(unfit) > _SHOWN else ""
         raise ValueError(
             f"replace: {len(unfit)} of the {len(objections)} modules that at={at!r} names cannot be replaced: "
-            f"{', '.join(unfit[:_SHOWN])}{more}."
+            f"{some(unfit, _SHOWN)}."
         )
     return {name: module for name, module in modules.items() if name in chosen and isinstance(module, nn.Conv2d)}
 

@@ -10,32 +10,42 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from visattn.errors import UserError
+from visattn.errors import UserError, one_line
 
-__all__ = ["LOCK", "PARTIAL", "alone", "writable", "write_json", "write_text"]
+__all__ = ["LOCK", "PARTIAL", "alone", "whole", "writable", "write_json", "write_text"]
 
 LOCK = ".lock"
 PARTIAL = ".partial-"  # how the names of files and folders begin that are not whole yet
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; until it is whole, an older one of that name stays.
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """The name to write a file by that takes its place when the context ends well; until then an older one stays.
 
     Raises:
         UserError: It cannot be written.
     """
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
+        yield partial
+        with partial.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror})") from error
+        raise UserError(f"cannot write {path} ({error.strerror or one_line(error)})") from error
     finally:
         with contextlib.suppress(OSError):  # it is gone where all went well
             partial.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text whole or not at all.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: Path, content: Any) -> None:

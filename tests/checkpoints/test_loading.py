@@ -454,7 +454,7 @@ def test_a_file_that_does_not_fit_leaves_the_network_as_it_was(tmp_path, case):
 
 
 def test_not_strict(tmp_path):
-    net, before = danet(), None
+    net = danet()
     before = changed(net)
     state = changed(danet(num_classes=19))
     theirs = {**without(of_danet(state), r"head\.sa\."), "more.weight": torch.ones(1)}

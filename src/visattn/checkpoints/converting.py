@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
 from visattn.checkpoints.loading import Loaded, speaking_for
-from visattn.checkpoints.matching import LAYOUT, match_alone, some
+from visattn.checkpoints.matching import LAYOUT, match_alone
 from visattn.checkpoints.reading import read
-from visattn.errors import UserError, one_line, require
-from visattn.writing import PARTIAL, writable
+from visattn.errors import UserError, one_line, require, some
+from visattn.writing import whole, writable
 
 __all__ = ["convert_file"]
 
@@ -46,13 +45,9 @@ def convert_file(source: str | os.PathLike[str], target: str | os.PathLike[str])
             raise ValueError(f"the file ({match.layout}) {unknown}, got file={str(path)!r}.")
     tensors = {name: tensor.contiguous().clone() for name, tensor in match.mapped.items()}  # none may share memory
     layout = content.metadata.get(LAYOUT, match.layout)
-    partial = out.with_name(f"{PARTIAL}{os.getpid()}-{out.name}")
     try:
-        saving.save_file(tensors, partial, {LAYOUT: layout, _SOURCE: content.metadata.get(_SOURCE, path.name)})
-        os.replace(partial, out)
-    except (OSError, safetensors.SafetensorError) as error:
+        with whole(out) as partial:
+            saving.save_file(tensors, partial, {LAYOUT: layout, _SOURCE: content.metadata.get(_SOURCE, path.name)})
+    except safetensors.SafetensorError as error:
         raise UserError(f"cannot write {target} ({one_line(error)})") from error
-    finally:
-        with contextlib.suppress(OSError):  # it is gone where all went well
-            partial.unlink()
     return Loaded(path, match.layout, tuple(match.mapped), tuple(match.dropped), note=match.note)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from visattn.checkpoints.layouts import architecture, classifier, strip_prefixes
-from visattn.checkpoints.matching import COUNTER, Match, match_with, some
+from visattn.checkpoints.matching import COUNTER, Match, match_with
 from visattn.checkpoints.reading import read
+from visattn.errors import some
 from visattn.surgery import Inserted
 
 __all__ = ["Loaded", "load_checkpoint", "speaking_for"]

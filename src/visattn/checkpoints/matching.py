@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -12,13 +12,13 @@ from visattn.blocks import Block
 from visattn.checkpoints.layouts import recognise, strip_prefixes
 from visattn.checkpoints.published import PUBLISHED, Published
 from visattn.checkpoints.reading import Content
+from visattn.errors import some
 
-__all__ = ["COUNTER", "LAYOUT", "Match", "match_alone", "match_with", "some"]
+__all__ = ["COUNTER", "LAYOUT", "Match", "match_alone", "match_with"]
 
 COUNTER = "num_batches_tracked"  # torch has it since 0.4.1; with the usual momentum nothing depends on it
 LAYOUT = "visattn.layout"  # in the metadata of a converted file: what it was
 _TOP = ("fc.", "head.", "classifier.")  # what a classification network has behind its features
-_SHOWN = 3  # names in an error
 
 
 @dataclass
@@ -31,12 +31,6 @@ class Match:
     unknown: list[str] = field(default_factory=list)
     note: str = ""
     below: str = ""  # the part of the network that the file is for: this prefix; all others stay as they are
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of many names, and how many more there are."""
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _title(what: str, repo: str, content: Content, prefix: str) -> str:

@@ -21,7 +21,7 @@ from visattn.data.pictures import BILINEAR, square
 from visattn.errors import UserError, one_line, require
 from visattn.registry import MECHANISMS
 from visattn.tasks import IGNORED, SEGMENTATION, TASKS
-from visattn.writing import PARTIAL
+from visattn.writing import whole
 
 __all__ = ["FORMAT", "Description", "load_network", "save_network"]
 
@@ -76,18 +76,18 @@ class Description:
     ) -> Description:
         """Describe a network on a data set."""
         return cls(
-            data.task,
-            backbone,
-            output_stride,
-            arm,
-            at,
-            control if arm == "control" else (),
-            data.classes,
-            data.image_size,
-            data.side,
-            data.channels,
-            data.mean,
-            data.std,
+            task=data.task,
+            backbone=backbone,
+            output_stride=output_stride,
+            arm=arm,
+            at=at,
+            control=control if arm == "control" else (),
+            classes=data.classes,
+            image_size=data.image_size,
+            side=data.side,
+            channels=data.channels,
+            mean=data.mean,
+            std=data.std,
         )
 
     def text(self) -> str:
@@ -223,12 +223,11 @@ def save_network(
     Raises:
         UserError: They cannot be written.
     """
-    partial = path.with_name(f"{PARTIAL}{path.name}")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     try:
-        save_file(tensors, partial, {**(marks or {}), KEY: description.text()})
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
+        with whole(path) as partial:
+            save_file(tensors, partial, {**(marks or {}), KEY: description.text()})
+    except SafetensorError as error:
         raise UserError(f"cannot write {path} ({one_line(error)[:200]})") from error
 
 
