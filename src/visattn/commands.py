@@ -15,10 +15,46 @@ from visattn.benchmarks.settings import AGAINST, DTYPES
 from visattn.benchmarks.settings import Settings as Bench
 from visattn.compare import require_extra
 from visattn.compare.settings import DEFAULTS, STRATEGIES, Settings
+from visattn.devices import PRECISIONS
 from visattn.errors import UserError, require
 from visattn.registry import ROLES, list_blocks, resolve
 
 __all__ = ["app"]
+
+_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+_Task = Annotated[
+    str, typer.Option(help="classification, or segmentation: heads on one backbone, a class for every pixel.")
+]
+_Data = Annotated[
+    str,
+    typer.Option(
+        help="cluttered-digits, a folder of images by class, or a name timm.data opens; for segmentation a folder with "
+        "images/ and masks/."
+    ),
+]
+_Backbone = Annotated[str, typer.Option(help="A network of timm, trained from scratch.")]
+_At = Annotated[
+    str,
+    typer.Option(help="Modules that blocks go behind, names or patterns with commas. \\[default: deepest map of 7x7]"),
+]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")]
+_Precision = Annotated[str, typer.Option(help=f"One of: {', '.join(PRECISIONS)}.")]
+_OutputStride = Annotated[
+    int | None,
+    typer.Option(help="Of the features under a segmentation head. \\[default: 8; images of less than 128: 4]"),
+]
+_SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="Leave unreadable images out and count them.")]
+
+
+def _defaults(option: str) -> str:
+    """The defaults of an option that differ by task, for the help."""
+    own = [f"{task} {defaults[option]}" for task, defaults in DEFAULTS.items() if option in defaults]
+    return f"\\[default: {'; '.join([str(getattr(Settings, option)), *own])}]"
+
+
+_Epochs = Annotated[int | None, typer.Option(help=f"Passes over the training images. {_defaults('epochs')}")]
+_BatchSize = Annotated[int | None, typer.Option(help=f"Images in a training step. {_defaults('batch_size')}")]
+_Lr = Annotated[float | None, typer.Option(help=f"Peak learning rate of AdamW. {_defaults('lr')}")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -59,7 +95,7 @@ def verify(
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
     cases: Annotated[Path | None, typer.Option(help="Folder of recorded cases; the shipped ones by default.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: _Debug = False,
 ) -> None:
     """Compare the blocks with recorded results of the published code, on this machine."""
     require("numpy", extra="compare", purpose="visattn verify")
@@ -83,7 +119,7 @@ def verify(
 def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint: torch.save's or safetensors.", metavar="IN")],
     target: Annotated[Path, typer.Argument(help="The file to write.", metavar="OUT.safetensors")],
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: _Debug = False,
 ) -> None:
     """Write the tensors of a published checkpoint under our names, as safetensors; nothing else is read or run."""
     from visattn.checkpoints import convert_file
@@ -114,7 +150,7 @@ def bench(
     no_gate: Annotated[
         bool, typer.Option("--no-gate", help="Time without checking results first; rows are marked unverified.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: _Debug = False,
 ) -> None:
     """Time the blocks at the papers' shapes against their references, equal results checked first."""
     from visattn.benchmarks import report, run
@@ -141,16 +177,10 @@ def bench(
         raise typer.Exit(1)
 
 
-def _defaults(option: str) -> str:
-    """The defaults of an option that differ by task, for the help."""
-    own = [f"{task} {defaults[option]}" for task, defaults in DEFAULTS.items() if option in defaults]
-    return f"\\[default: {'; '.join([str(getattr(Settings, option)), *own])}]"
-
-
 @app.command()
 def audit(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: _Debug = False,
 ) -> None:
     """Count parameters and multiply-adds of the papers' networks and compare them with the published ones."""
     require("timm", extra="compare", purpose="visattn audit")
@@ -162,41 +192,24 @@ def audit(
 
 @app.command()
 def compare(
-    task: Annotated[
-        str, typer.Option(help="classification, or segmentation: heads on one backbone, a class for every pixel.")
-    ] = Settings.task,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="cluttered-digits, a folder of images by class, or a name timm.data opens; for segmentation a folder "
-            "with images/ and masks/."
-        ),
-    ] = Settings.data,
-    backbone: Annotated[str, typer.Option(help="A network of timm, trained from scratch.")] = Settings.backbone,
+    task: _Task = Settings.task,
+    data: _Data = Settings.data,
+    backbone: _Backbone = Settings.backbone,
     mechanisms: Annotated[str, typer.Option(help="Blocks to compare, with commas.")] = ",".join(Settings.mechanisms),
-    at: Annotated[
-        str, typer.Option(help="Modules they go behind, names or patterns with commas. \\[default: deepest map of 7x7]")
-    ] = "",
-    epochs: Annotated[int | None, typer.Option(help=f"Passes over the training images. {_defaults('epochs')}")] = None,
+    at: _At = "",
+    epochs: _Epochs = None,
     seeds: Annotated[int | None, typer.Option(help=f"Trainings of each arm. {_defaults('seeds')}")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help=f"Images in a training step. {_defaults('batch_size')}")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help=f"Peak learning rate of AdamW. {_defaults('lr')}")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")] = Settings.device,
-    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = Settings.precision,
+    batch_size: _BatchSize = None,
+    lr: _Lr = None,
+    device: _Device = Settings.device,
+    precision: _Precision = Settings.precision,
     out: Annotated[Path, typer.Option(help="The run folder; an unfinished run in it is continued.")] = Settings.out,
-    output_stride: Annotated[
-        int | None,
-        typer.Option(help="Of the features under a segmentation head. \\[default: 8; images of less than 128: 4]"),
-    ] = None,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Leave unreadable images out and count them.")
-    ] = False,
+    output_stride: _OutputStride = None,
+    skip_unreadable: _SkipUnreadable = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would be done, with time, memory and disk; train nothing.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: _Debug = False,
 ) -> None:
     """Train a backbone with each mechanism on your images and report which one helps, and what it costs."""
     import visattn.compare as comparison
@@ -229,37 +242,26 @@ def compare(
 
 @app.command()
 def train(
-    task: Annotated[
-        str, typer.Option(help="classification, or segmentation: a class for every pixel.")
-    ] = Settings.task,
-    data: Annotated[str, typer.Option(help="As for compare.")] = Settings.data,
-    backbone: Annotated[str, typer.Option(help="A network of timm, trained from scratch.")] = Settings.backbone,
+    task: _Task = Settings.task,
+    data: _Data = Settings.data,
+    backbone: _Backbone = Settings.backbone,
     mechanism: Annotated[str, typer.Option(help="A block, or plain for none.")] = "plain",
-    at: Annotated[
-        str, typer.Option(help="Modules it goes behind, names or patterns with commas. \\[default: as for compare]")
-    ] = "",
-    epochs: Annotated[int | None, typer.Option(help=f"Passes over the training images. {_defaults('epochs')}")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help=f"Images in a step, of all devices together. {_defaults('batch_size')}")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help=f"Peak learning rate of AdamW. {_defaults('lr')}")] = None,
+    at: _At = "",
+    epochs: _Epochs = None,
+    batch_size: _BatchSize = None,
+    lr: _Lr = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation; compare starts from 0.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")] = Settings.device,
-    devices: Annotated[int, typer.Option(help="How many of them, a process for each.")] = 1,
+    device: _Device = Settings.device,
+    devices: Annotated[int, typer.Option(help="How many of them, a process for each; they share every batch.")] = 1,
     strategy: Annotated[str, typer.Option(help=f"Lightning's: {', '.join(STRATEGIES)}.")] = "auto",
-    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = Settings.precision,
+    precision: _Precision = Settings.precision,
     out: Annotated[Path, typer.Option(help="The folder of the training.")] = Path("visattn-train"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the last whole epoch in --out; start where there is none.")
     ] = False,
-    output_stride: Annotated[
-        int | None,
-        typer.Option(help="Of the features under a segmentation head. \\[default: 8; images of less than 128: 4]"),
-    ] = None,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Leave unreadable images out and count them.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    output_stride: _OutputStride = None,
+    skip_unreadable: _SkipUnreadable = False,
+    debug: _Debug = False,
 ) -> None:
     """Train one arm of a comparison in earnest: on several devices, past a kill, weights kept for predict."""
     require_extra("visattn train")
@@ -297,9 +299,9 @@ def predict(
         list[Path], typer.Argument(help="Image files, and folders with images in them or below.", metavar="IMAGES")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results; earlier ones of the same names are replaced.")],
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")] = "auto",
+    device: _Device = "auto",
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 16,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: _Debug = False,
 ) -> None:
     """Say what is in images with a trained network: classes with probabilities, or a coloured mask for each."""
     require_extra("visattn predict")

@@ -9,7 +9,9 @@ import torch
 
 from visattn.errors import UserError
 
-__all__ = ["find_device", "precise_matmul"]
+__all__ = ["PRECISIONS", "find_device", "precise_matmul"]
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # to train in
 
 
 def find_device(name: str, command: str) -> torch.device:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from visattn.compare.arms import Arm, list_arms
+from visattn.compare.folder import check_same, notes_on
 from visattn.compare.plan import Plan, hardware, open_plan, versions
 from visattn.compare.progress import REFRESH, duration
-from visattn.compare.settings import STRATEGIES, Settings, known_mechanisms
+from visattn.compare.settings import STRATEGIES, Settings, command_line, known_mechanisms
 from visattn.compare.weights import Description, save_network
 from visattn.errors import UserError, one_line
 from visattn.profile import count_parameters
-from visattn.tasks import Task, task_named
+from visattn.tasks import task_named
 from visattn.training import Epoch, TrainingError, TrialSettings
 from visattn.training import train as run_trial
 from visattn.training.history import as_json, epochs_table
@@ -57,18 +58,27 @@ class TrainSettings:
 
     def command(self) -> str:
         """The command line that continues the training."""
-        t = self.trial
-        words = ["visattn", "train", "--task", t.task, "--data", t.data, "--backbone", t.backbone]
-        words += ["--mechanism", self.mechanism]
-        if t.output_stride is None:
-            words += ["--at", ",".join(t.at)]
-        else:  # the place is not the user's to choose
-            words += ["--output-stride", str(t.output_stride)]
-        words += ["--epochs", str(t.epochs)]
-        words += ["--batch-size", str(t.batch_size), "--lr", str(t.lr), "--seed", str(self.seed), "--device", t.device]
-        words += ["--devices", str(self.devices), "--strategy", self.strategy, "--precision", t.precision]
-        words += ["--out", str(t.out), *(["--skip-unreadable"] if t.skip_unreadable else []), "--resume"]
-        return shlex.join(words)
+        trial = self.trial
+        return command_line(
+            "train",
+            task=trial.task,
+            data=trial.data,
+            backbone=trial.backbone,
+            mechanism=self.mechanism,
+            at=trial.chosen_at,
+            output_stride=trial.output_stride,
+            epochs=trial.epochs,
+            batch_size=trial.batch_size,
+            lr=trial.lr,
+            seed=self.seed,
+            device=trial.device,
+            devices=self.devices,
+            strategy=self.strategy,
+            precision=trial.precision,
+            out=trial.out,
+            skip_unreadable=trial.skip_unreadable,
+            resume=True,
+        )
 
 
 def train(settings: TrainSettings) -> Path | None:
@@ -90,10 +100,9 @@ def train(settings: TrainSettings) -> Path | None:
     _check_launch(settings)
     if first:
         _check_out(settings)
-    if settings.mechanism != "plain":
-        known_mechanisms((settings.mechanism,), option="--mechanism")
+    keys = () if settings.mechanism == "plain" else known_mechanisms((settings.mechanism,), option="--mechanism")
     plan = open_plan(settings.trial)
-    arm = _arm(settings.mechanism, plan.task)
+    arm = list_arms(keys, plan.task)[len(keys)]  # plain comes first
     if len(plan.data.val) < settings.devices:
         raise UserError(f"--devices {settings.devices}: more than the {len(plan.data.val)} images to measure on.")
     settings = replace(settings, trial=plan.settings, mechanism=arm.name)
@@ -135,14 +144,16 @@ def _train(settings: TrainSettings, plan: Plan, arm: Arm, net: nn.Module, *, fir
         if show:
             show.say(f"Stopped. To continue after the last whole epoch: {settings.command()}")
         raise
-    if show is None:
-        return None
+    return _keep(out, description, show.rows) if show else None
+
+
+def _keep(out: Path, description: Description, rows: Sequence[Epoch]) -> Path:
+    """Write the weights of a finished training, and what it came to into its record."""
     kept = read_checkpoint(out / CHECKPOINT)
     weights = {name.removeprefix("net."): t for name, t in kept["state_dict"].items() if name.startswith("net.")}
     save_network(weights, out / WEIGHTS, description)
-    last = show.rows[-1]
     record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    record["results"] = as_json({**asdict(last), "seconds": sum(row.seconds for row in show.rows)})
+    record["results"] = as_json({**asdict(rows[-1]), "seconds": sum(row.seconds for row in rows)})
     write_json(out / RECORD, record)
     return out / WEIGHTS
 
@@ -156,12 +167,6 @@ def _rank() -> int:
     from lightning.pytorch.utilities import rank_zero_only
 
     return int(getattr(rank_zero_only, "rank", 0))
-
-
-def _arm(name: str, task: Task) -> Arm:
-    """The arm of a mechanism's name."""
-    keys = () if name == "plain" else known_mechanisms((name,), option="--mechanism")
-    return list_arms(keys, task)[len(keys)]
 
 
 def _check_launch(settings: TrainSettings) -> None:
@@ -247,18 +252,8 @@ def _begin(out: Path, record: dict[str, Any]) -> None:
         raise UserError(f"{path} is not readable as a record of visattn train. Use another --out.") from error
     if not known:
         raise UserError(f"{path} was written by another version of visattn train. Use another --out.")
-    changed = [f"{k} was {identity.get(k)}, now {v}" for k, v in record["identity"].items() if identity.get(k) != v]
-    if changed:
-        raise UserError(
-            f"--out {out} holds another training: {'; '.join(changed)}. "
-            "Repeat its settings to continue it, or use another --out."
-        )
-    for part in ("settings", "versions", "hardware"):
-        for key, value in record[part].items():
-            was = before.get(part, {}).get(key)
-            note = f"Continued with {key} {value}; it was started with {was}."
-            if was != value and note not in notes:
-                notes.append(note)
+    check_same(out, "training", identity, record["identity"])
+    notes += notes_on({**before, "notes": notes}, record, ("settings", "versions", "hardware"))
     write_json(path, {**before, "notes": notes})
 
 

@@ -23,6 +23,7 @@ from visattn.benchmarks.settings import Settings
 from visattn.devices import precise_matmul
 from visattn.errors import UserError, did_you_mean, one_line, require
 from visattn.profile import MIB, count_flops, count_parameters, device_name
+from visattn.tasks import CLASSIFICATION, main_output
 from visattn.writing import writable, write_json
 
 __all__ = ["NETWORKS", "Network", "bench", "measure"]
@@ -40,13 +41,20 @@ class Network:
     batch: int
 
 
+_CLASSIFIERS = (
+    "resnet50",
+    "sknet26",
+    "sknet50",
+    "sknet101",
+    "epsanet50",
+    "epsanet101",
+    "epsanet50_large",
+    "epsanet101_large",
+)
+_SEGMENTERS = ("danet50", "danet101", "eanet50", "eanet101")
 NETWORKS = (
-    *(
-        Network(name, (224, 224), 8)
-        for name in ("resnet50", "sknet26", "sknet50", "sknet101", "epsanet50", "epsanet101")
-    ),
-    *(Network(name, (224, 224), 8) for name in ("epsanet50_large", "epsanet101_large")),
-    *(Network(name, (769, 769), 1) for name in ("danet50", "danet101", "eanet50", "eanet101")),
+    *(Network(name, (224, 224), 8) for name in _CLASSIFIERS),
+    *(Network(name, (769, 769), 1) for name in _SEGMENTERS),
 )
 
 
@@ -86,8 +94,7 @@ class Row:
 def _build(name: str) -> nn.Module:
     models = require("visattn.models", extra="compare", purpose="visattn bench --networks")
     timm = require("timm", extra="compare", purpose="visattn bench --networks")
-    segments = name.startswith(("danet", "eanet"))
-    net: nn.Module = getattr(models, name)(num_classes=CLASSES) if segments else timm.create_model(name)
+    net: nn.Module = getattr(models, name)(num_classes=CLASSES) if name in _SEGMENTERS else timm.create_model(name)
     return net
 
 
@@ -146,12 +153,8 @@ def measure(network: Network, impl: str, *, device: torch.device, dtype: torch.d
 
 def _loss(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Cross-entropy towards class 0, of every output."""
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    terms = [
-        nn.functional.cross_entropy(out.float(), out.new_zeros(out.shape[0], *out.shape[2:], dtype=torch.long))
-        for out in outputs
-    ]
-    return torch.stack(terms).sum()
+    logits = main_output(outputs)
+    return CLASSIFICATION.loss(outputs, logits.new_zeros(len(logits), *logits.shape[2:], dtype=torch.long))
 
 
 def _timed(

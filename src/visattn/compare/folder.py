@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from visattn.compare.settings import FORMAT
 from visattn.errors import UserError, require
 from visattn.writing import LOCK, PARTIAL, alone, write_json
 
-__all__ = ["RunFolder", "check_out"]
+__all__ = ["RunFolder", "check_out", "check_same", "notes_on"]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -77,17 +77,7 @@ class RunFolder:
             raise UserError(f"--out {self.path}: its run.json {error}. Use another --out.") from error
         if run.get("format") != FORMAT or not isinstance(run.get("identity"), dict):
             raise UserError(f"--out {self.path}: written by another version of visattn compare. Use another --out.")
-        theirs, ours = run["identity"], self.plan.identity()
-        changed = [
-            f"{name} was {_show(theirs.get(name))}, now {_show(ours.get(name))}"
-            for name in ours
-            if theirs.get(name) != ours[name]
-        ]
-        if changed:
-            raise UserError(
-                f"--out {self.path} holds another run: {'; '.join(changed)}. "
-                "Repeat its settings to continue it, or use another --out."
-            )
+        check_same(self.path, "run", run["identity"], self.plan.identity())
         known = {self.trial(arm.name, seed): (arm.name, seed) for arm, seed in self.plan.trials()}
         for folder in sorted((self.path / "trials").glob("*")):
             if folder.name.startswith(PARTIAL):
@@ -151,12 +141,7 @@ class RunFolder:
         path, now = self.path / "run.json", self.plan.record()
         if path.exists():
             before = _read_json(path)
-            for part in ("versions", "hardware"):
-                for key, value in now[part].items():
-                    was = before.get(part, {}).get(key)
-                    note = f"Continued with {key} {value}; the run was started with {was}."
-                    if was != value and note not in before["notes"]:
-                        before["notes"].append(note)
+            before["notes"] += notes_on(before, now, ("versions", "hardware"))
             now = before
         write_json(path, now)
 
@@ -185,6 +170,34 @@ def check_out(path: Path) -> None:
         ours = {"trials", "failures", "costs"}  # all there is when a run is killed before its first file
         if any(name not in ours or any((path / name).iterdir()) for name in strange):
             raise UserError(f"--out {path}: not empty and no run folder of visattn compare. Use another --out.")
+
+
+def check_same(out: Path, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless what a folder holds is what is to be continued there.
+
+    Args:
+        out: The folder.
+        what: What it holds, in a word.
+        before: Identity of that.
+        now: Identity of what is to be continued.
+    """
+    changed = [f"{k} was {_show(before.get(k))}, now {_show(v)}" for k, v in now.items() if before.get(k) != v]
+    if changed:
+        raise UserError(
+            f"--out {out} holds another {what}: {'; '.join(changed)}. "
+            "Repeat its settings to continue it, or use another --out."
+        )
+
+
+def notes_on(before: Mapping[str, Any], now: Mapping[str, Any], parts: Sequence[str]) -> list[str]:
+    """What has changed in some parts of a record since it was written, without what its notes say already."""
+    changes = [
+        f"Continued with {key} {value}; it was started with {was}."
+        for part in parts
+        for key, value in now[part].items()
+        if (was := before.get(part, {}).get(key)) != value
+    ]
+    return [note for note in changes if note not in before["notes"]]
 
 
 def _show(value: Any) -> str:

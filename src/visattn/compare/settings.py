@@ -10,17 +10,26 @@ from typing import Any
 
 import torch
 
+from visattn.devices import PRECISIONS
 from visattn.errors import UserError, did_you_mean, require
 from visattn.registry import MECHANISMS, resolve
 from visattn.tasks import CLASSIFICATION, SEGMENTATION, TASKS
 
-__all__ = ["DEFAULT_BACKBONE", "FORMAT", "PRECISIONS", "STRATEGIES", "Settings", "known_mechanisms", "resolved"]
+__all__ = [
+    "DEFAULTS",
+    "DEFAULT_BACKBONE",
+    "FORMAT",
+    "STRATEGIES",
+    "Settings",
+    "command_line",
+    "known_mechanisms",
+    "resolved",
+]
 
 DEFAULT_BACKBONE = "test_byobnet"
 FORMAT = 2  # of the run folder
 # A step on masks takes long on two cores. In the few minutes of a first look, small batches learn the most.
 DEFAULTS: dict[str, dict[str, Any]] = {SEGMENTATION.name: {"epochs": 3, "seeds": 2, "batch_size": 8}}
-PRECISIONS = ("float32", "bfloat16", "float16")
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 
 
@@ -69,16 +78,28 @@ class Settings:
 
     def command(self) -> str:
         """The command line that repeats the run."""
-        words = ["visattn", "compare", "--task", self.task, "--data", self.data, "--backbone", self.backbone]
-        words += ["--mechanisms", ",".join(self.mechanisms)]
-        if self.output_stride is None:
-            words += ["--at", ",".join(self.at)]
-        else:  # the place is not the user's to choose
-            words += ["--output-stride", str(self.output_stride)]
-        words += ["--epochs", str(self.epochs), "--seeds", str(self.seeds), "--batch-size", str(self.batch_size)]
-        words += ["--lr", str(self.lr), "--device", self.device, "--precision", self.precision]
-        words += ["--out", str(self.out), *(["--skip-unreadable"] if self.skip_unreadable else [])]
-        return shlex.join(words)
+        return command_line(
+            "compare",
+            task=self.task,
+            data=self.data,
+            backbone=self.backbone,
+            mechanisms=self.mechanisms,
+            at=self.chosen_at,
+            output_stride=self.output_stride,
+            epochs=self.epochs,
+            seeds=self.seeds,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            device=self.device,
+            precision=self.precision,
+            out=self.out,
+            skip_unreadable=self.skip_unreadable,
+        )
+
+    @property
+    def chosen_at(self) -> tuple[str, ...]:
+        """The places as far as they are the user's to choose, which under a segmentation head they are not."""
+        return () if self.task == SEGMENTATION.name else self.at
 
     def record(self) -> dict[str, Any]:
         """What decides the results, as JSON; `out` does not."""
@@ -97,6 +118,18 @@ class Settings:
             "output_stride": self.output_stride,
             "skip_unreadable": self.skip_unreadable,
         }
+
+
+def command_line(command: str, **options: object) -> str:
+    """The words of a command with these options, as a shell takes them; what is None, False or empty is left out."""
+    words = ["visattn", command]
+    for name, value in options.items():
+        if value is None or value is False or value == ():
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words.append(",".join(value) if isinstance(value, tuple) else str(value))
+    return shlex.join(words)
 
 
 def _device(name: str) -> str:

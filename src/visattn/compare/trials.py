@@ -19,6 +19,7 @@ from visattn.compare.folder import RunFolder
 from visattn.compare.plan import Plan
 from visattn.compare.progress import Progress
 from visattn.compare.weights import save_network
+from visattn.devices import PRECISIONS
 from visattn.profile import Costs, profile
 from visattn.surgery import Place
 from visattn.tasks import main_output
@@ -154,12 +155,12 @@ def measure_costs(plan: Plan, arm: Arm) -> tuple[Costs, float, float]:
     images = images.to(settings.device).contiguous(memory_format=torch.channels_last)
     targets = plan.data.train.targets(torch.arange(count), seed=0, epoch=0).to(settings.device)
     kind = torch.device(settings.device).type
-    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(settings.precision)
+    dtype = PRECISIONS[settings.precision]
 
     def step() -> None:
         net.train()
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+        with torch.autocast(kind, dtype=dtype, enabled=dtype is not torch.float32):
             loss = plan.task.loss(net(images), targets)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

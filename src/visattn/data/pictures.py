@@ -15,7 +15,10 @@ from torch import Tensor
 from visattn.errors import UserError, require
 
 __all__ = [
+    "BILINEAR",
+    "MEAN",
     "MEMORY",
+    "STD",
     "SUFFIXES",
     "PictureSplit",
     "crop_and_side",

@@ -23,9 +23,9 @@ from visattn.tasks import main_output, task_named
 from visattn.training.launch import KeepLast, Launch
 from visattn.training.scores import scores
 
-__all__ = ["PRECISIONS", "Epoch", "TrainingError", "TrialSettings", "parameter_groups", "train"]
+__all__ = ["Epoch", "TrainingError", "TrialSettings", "parameter_groups", "train"]
 
-PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+LIGHTNINGS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}  # names of precisions
 WEIGHT_DECAY = 0.05
 WARM_UP = 0.1  # share of the steps in which the learning rate climbs
 GATE_RATE = 10.0  # gates start at 0 and have to open within few epochs: they learn this many times as fast
@@ -50,7 +50,7 @@ class TrialSettings:
         lr: Peak learning rate of AdamW.
         seed: Decides order and augmentation of the images, and dropout.
         device: "cpu", "cuda" or "cuda:<index>".
-        precision: A key of `PRECISIONS`.
+        precision: A key of `visattn.devices.PRECISIONS`.
     """
 
     epochs: int
@@ -67,9 +67,9 @@ class Epoch:
 
     Attributes:
         epoch: Counts from 1.
-        train_loss: Mean over the epoch, while it was trained.
+        train_loss: Mean over the steps of the epoch, while it was trained.
         train_score: The task's main score from 0 to 1, while it was trained.
-        val_loss: Mean over the validation images, after the epoch.
+        val_loss: Mean over the validation images, or all their pixels that are not ignored, after the epoch.
         val_score: The main score on them.
         seconds: How long it took, validation included.
         details: Further scores on the validation images: numbers, or one number (or NaN) for each class.
@@ -108,7 +108,8 @@ class _Batches:
     """The batches of one epoch; the order of training is a function of seed and epoch alone.
 
     Several processes go through the same batches, each with its share of every one: as many images each in training,
-    so that the mean of their gradients is the gradient of the batch; in validation one more or less.
+    so that the mean of their gradients is the gradient of the batch (nearly, where shares differ in ignored pixels); in
+    validation one more or less.
     """
 
     def __init__(
@@ -304,7 +305,7 @@ def train(
             accelerator=device.type,
             devices=launch.devices if device.type == "cpu" or launch.devices > 1 else [device.index or 0],
             strategy=launch.strategy,
-            precision=PRECISIONS[settings.precision],  # type: ignore[arg-type]
+            precision=LIGHTNINGS[settings.precision],  # type: ignore[arg-type]
             max_epochs=settings.epochs,
             logger=False,
             enable_checkpointing=launch.checkpoint is not None,
