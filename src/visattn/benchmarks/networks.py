@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ __all__ = ["NETWORKS", "Network", "bench", "measure"]
 
 CLASSES = 19  # of Cityscapes, whose crops of 769x769 the segmentation papers train on
 LONGEST = 300  # characters of a reason
+SECONDS = 1.0  # of timed runs: one run of a small network is mostly the noise of the machine
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _build(name: str) -> nn.Module:
 
 
 def measure(network: Network, impl: str, *, device: torch.device, dtype: torch.dtype, modes: Sequence[str]) -> Row:
-    """Measure a network here: one run to warm up, one timed, one whose allocations are counted.
+    """Measure a network here: one run to warm up, runs that are timed, one whose allocations are counted.
 
     Args:
         network: Which.
@@ -160,7 +162,7 @@ def _loss(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
 def _timed(
     call: Callable[[], None], device: torch.device, between: Callable[[], None] = lambda: None
 ) -> tuple[float, int]:
-    """Milliseconds of a second run, and the most bytes allocated in a third."""
+    """Median milliseconds of the runs that fill `SECONDS`, one at least, and the most bytes allocated in another."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -168,13 +170,15 @@ def _timed(
 
     call()
     wait()
-    start = time.perf_counter()
-    call()
-    wait()
-    elapsed = 1000 * (time.perf_counter() - start)
+    times: list[float] = []
+    while sum(times) < SECONDS:
+        start = time.perf_counter()
+        call()
+        wait()
+        times.append(time.perf_counter() - start)
     between()
     gc.collect()
-    return elapsed, memory.peak_bytes(call, device)
+    return 1000 * statistics.median(times), memory.peak_bytes(call, device)
 
 
 def _apart(network: Network, impl: str, settings: Settings) -> Row:
@@ -279,7 +283,8 @@ def _show(rows: Sequence[Row], settings: Settings) -> None:
     table = Table()
     for heading in ("network", "images", "blocks"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("M", "GMAC", "inference\nms", "peak\nMiB", "training\nms a step", "peak\nMiB", "resident\nMiB"):
+    costs = ("inference\nms", "peak\nMiB", "training\nms a step", "peak\nMiB", "resident\nMiB")
+    for heading in ("params\nM", "GMAC", *costs):
         table.add_column(heading, justify="right")
     for row in rows:
         millions = None if row.parameters is None else row.parameters / 1e6
@@ -297,7 +302,8 @@ def _show(rows: Sequence[Row], settings: Settings) -> None:
     console.print(
         Text(
             "Peak memory counts weights, gradients, momentum and every allocation of torch's allocator in one call; "
-            "resident is the most the process held, the libraries included. One timed run each."
+            "resident is the most the process held, the libraries included. Times are medians of the runs in one "
+            "second, or of one run that takes longer."
         )
     )
 
