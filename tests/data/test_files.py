@@ -114,6 +114,10 @@ def test_a_pickle_with_the_name_of_an_image_is_not_run(folder):
             "class 'b' has one image only",
         ),
         (
+            lambda p: [paint(p / name / f"{i}.png", "red") for name in ("images", "masks") for i in range(2)],
+            "images/ and masks/ are for segmentation. Give --task",
+        ),
+        (
             lambda p: (
                 [paint(p / half / name / "0.png", "red") for half in ("train", "val") for name in ("a", "b")]
                 + [paint(p / "val" / "c" / "0.png", "red")]

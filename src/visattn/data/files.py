@@ -47,6 +47,8 @@ def _listing(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
             f"--data {folder}: no images in class folders. Expected {folder}/<class>/<image>, with files that end in "
             f"{', '.join(SUFFIXES)}."
         )
+    if {sub.name for sub, _ in filled} == {"images", "masks"}:
+        raise UserError(f"--data {folder}: images/ and masks/ are for segmentation. Give --task segmentation.")
     if len(filled) == 1 and filled[0][0].name in ("train", "val"):
         raise UserError(
             f"--data {folder}: {filled[0][0].name}/ alone. Give train/ and val/, or one folder of class folders."
@@ -131,7 +133,7 @@ def from_folder(
         splits.append(PictureSplit(read, len(labels), labels, crop=crop, augment=augment, workers=workers, kept=kept))
     return Dataset(
         name=str(folder),
-        description=f"images of {len(classes)} classes in {folder.name}",
+        description=f"images by class in {folder.name}",
         classes=tuple(classes),
         image_size=(crop, crop),
         channels=3,

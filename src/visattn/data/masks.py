@@ -95,7 +95,7 @@ def from_masks(
     listed.update("\n".join(classes).encode())
     return Dataset(
         name=str(folder),
-        description=f"images with masks of {len(classes)} classes in {folder.name}",
+        description=f"images with masks in {folder.name}",
         classes=classes,
         image_size=(crop, crop),
         channels=3,
