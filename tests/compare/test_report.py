@@ -200,7 +200,7 @@ def test_one_seed_gives_no_answer(tmp_path):
     folder = build(tmp_path, seeds=(4,), examples=False)
     html = write_report(folder).read_text()
     assert "No answer yet: one paired seed gives no interval" in html
-    assert "The largest difference was dual (+1.7 points); another seed may reverse it." in html
+    assert "The best mechanism was dual (+1.7 points); another seed may reverse it." in html
     assert "better than plain by" not in html
     assert lines(folder / "results.csv")["dual"]["points_over_plain_low"] == ""
 

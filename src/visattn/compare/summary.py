@@ -137,11 +137,11 @@ def _lead(mechanisms: list[Summary], judged: list[Summary]) -> list[str]:
         why = "one paired seed gives no interval" if pairs == 1 else "the paired differences have no spread"
         return [
             f"No answer yet: {why}, so no mechanism can be called better or worse than the plain network.",
-            f"The largest difference was {_with_difference(best)}; another seed may reverse it.",
+            f"The best mechanism was {_with_difference(best)}; another seed may reverse it.",
         ]
     lead = "No mechanism could be shown to be better than the plain network here."
     if best.plain is not None and best.plain.mean > 0 and best in judged:
-        return [lead, f"The largest difference was {_with_difference(best)}; its interval includes zero."]
+        return [lead, f"The best mechanism was {_with_difference(best)}; its interval includes zero."]
     return [lead]
 
 
