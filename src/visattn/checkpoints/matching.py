@@ -33,10 +33,10 @@ class Match:
     below: str = ""  # the part of the network that the file is for: this prefix; all others stay as they are
 
 
-def _title(what: str, repo: str, content: Content, prefix: str) -> str:
+def _title(what: str, content: Content, prefix: str) -> str:
     around = f", under {content.within!r}" if content.within else ""
     around += f", without the prefix {prefix!r}" if prefix else ""
-    return f"{what} as of {repo}{around}"
+    return what + around
 
 
 def _network(content: Content, state: Mapping[str, Tensor], prefix: str) -> Match | None:
@@ -45,7 +45,7 @@ def _network(content: Content, state: Mapping[str, Tensor], prefix: str) -> Matc
     if layout is None:
         return None
     mapped, dropped, unknown = layout.to_ours(state)
-    return Match(_title(layout.title, layout.repo, content, prefix), mapped, dropped, unknown, layout.note)
+    return Match(_title(f"{layout.title} as of {layout.repo}", content, prefix), mapped, dropped, unknown, layout.note)
 
 
 def _own(content: Content, prefix: str, net: nn.Module | None = None) -> str:
@@ -53,7 +53,7 @@ def _own(content: Content, prefix: str, net: nn.Module | None = None) -> str:
         return f"names as of visattn, converted from {content.metadata[LAYOUT]}"
     same = [e.source for e in PUBLISHED if not e.names and net is not None and e.block == type(net).__name__]
     owners = ["visattn", *same] if same else ["visattn", "timm", "torchvision"]
-    return _title("names", ", ".join(owners), content, prefix)
+    return _title(f"names as of {', '.join(owners)}", content, prefix)
 
 
 def _block(content: Content, state: Mapping[str, Tensor], prefix: str, module: nn.Module, below: str) -> Match | None:
@@ -64,7 +64,7 @@ def _block(content: Content, state: Mapping[str, Tensor], prefix: str, module: n
             continue
         ours = entry.to_ours(state)
         if _fits(ours, targets):
-            title = _title(entry.name, entry.repo, content, prefix)
+            title = _title(f"{entry.name} as of {entry.repo}", content, prefix)
             return Match(title, {below + name: tensor for name, tensor in ours.items()}, below=below)
     return None
 
@@ -171,11 +171,16 @@ def _renaming_block(
     """The match of a published class with names of its own, by these alone; None where there is no such class."""
     entries = [entry for entry in PUBLISHED if net is None or _is_of(entry, net)]
     entry = next((entry for entry in entries if entry.recognises(state)), None)
-    return None if entry is None else Match(_title(entry.name, entry.repo, content, prefix), entry.to_ours(state))
+    if entry is None:
+        return None
+    return Match(_title(f"{entry.name} as of {entry.repo}", content, prefix), entry.to_ours(state))
 
 
 def match_alone(content: Content) -> Match:
     """Find out what a file is from its names alone; what is of no known layout keeps its names."""
     state, prefix = strip_prefixes(content.tensors)
     match = _network(content, state, prefix) or _renaming_block(content, state, prefix)
-    return match or Match(_own(content, prefix), state)
+    if match is not None:
+        return match
+    unknown = _title("names of no published layout, kept", content, prefix)
+    return Match(_own(content, prefix) if content.metadata.get(LAYOUT) else unknown, state)
