@@ -46,10 +46,10 @@ class Published:
     name: str
     mechanisms: tuple[str, ...]
     block: str
-    options: Callable[..., dict[str, Any]]
-    names: tuple[tuple[str, str, str], ...] = ()
-    layout: str = "map"
-    fixed: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    options: Callable[..., dict[str, Any]] = field(repr=False)
+    names: tuple[tuple[str, str, str], ...] = field(default=(), repr=False)
+    layout: str = field(default="map", repr=False)
+    fixed: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def source(self) -> str:
