@@ -287,7 +287,8 @@ def train(
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if weights is not None:
-        typer.echo(f"Weights: {weights}\nTo use them: visattn predict {shlex.quote(str(weights))} IMAGES --out DIR")
+        typer.echo(f"Weights: {weights} (of the last epoch)")
+        typer.echo(f"To use them: visattn predict {shlex.quote(str(weights))} IMAGES --out DIR")
 
 
 @app.command()
