@@ -12,6 +12,7 @@ from visattn.compare.reading import Arm, Run
 __all__ = ["ClassRow", "class_means", "class_names", "class_table", "detail_mean"]
 
 STRONGEST = 55  # of 100, the colour of the largest difference in the table
+LEAST = 5.0  # points that take the full colour where all differences are smaller
 
 
 def class_names(run: Run) -> list[str]:
@@ -55,14 +56,17 @@ class ClassRow:
 
 
 def class_table(run: Run) -> list[ClassRow]:
-    """IoU by class and arm; cells are coloured by their difference to plain, full colour is the largest of all."""
+    """IoU by class and arm; cells are coloured by their difference to plain.
+
+    Full colour is the largest difference of all, or `LEAST`: tenths of a point, all chance, are not to shine.
+    """
     classes = class_names(run)
     means = {arm.name: class_means(arm, len(classes)) for arm in run.arms}
     plain = next(means[arm.name] for arm in run.arms if arm.kind == "plain")
     if not any(math.isfinite(value) for values in means.values() for value in values):
         return []
     gaps = {name: [value - base for value, base in zip(values, plain, strict=True)] for name, values in means.items()}
-    largest = max((abs(gap) for some in gaps.values() for gap in some if math.isfinite(gap)), default=0.0)
+    largest = max([LEAST, *(abs(gap) for some in gaps.values() for gap in some if math.isfinite(gap))])
 
     def cell(arm: Arm, label: int) -> Cell:
         value, gap = means[arm.name][label], gaps[arm.name][label]
@@ -70,7 +74,7 @@ def class_table(run: Run) -> list[ClassRow]:
             return Cell("\N{EN DASH}", "", "")
         if arm.kind == "plain" or not math.isfinite(gap):
             return Cell(f"{value:.1f}", "", "")
-        share = round(STRONGEST * abs(gap) / largest) if largest else 0
+        share = round(STRONGEST * abs(gap) / largest)
         tint = f"background: color-mix(in srgb, var(--{'up' if gap > 0 else 'down'}) {share}%, transparent)"
         return Cell(f"{value:.1f}", f"{gap:+.1f}", tint if share else "")
 
