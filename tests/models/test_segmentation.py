@@ -69,6 +69,9 @@ def test_authors_networks_are_dilated_as_published():
     assert isinstance(da.backbone.conv1, nn.Sequential)
     assert da.head.conv5a[0].in_channels == 2048
     with torch.device("meta"):
+        wide = models.eanet50(num_classes=3, output_stride=16)
+        assert [unit.conv2.dilation[0] for unit in wide.backbone.layer4] == [1, 4, 8]
+        assert [unit.conv2.dilation[0] for unit in models.eanet50(output_stride=32).backbone.layer4] == [1, 1, 1]
         assert len(models.danet101(num_classes=3).backbone.layer3) == 23
         assert len(models.eanet101(num_classes=3).backbone.layer3) == 23
 
@@ -87,10 +90,10 @@ def test_wrong_arguments():
         ValueError, match=r"danet: backbone 'test_vit' has features of strides .*, got output_stride=8. Use"
     ):
         models.danet("test_vit")
-    with pytest.raises(ValueError, match=r"eanet: multi_grid needs a ResNet and a number for each unit .*units=3"):
-        models.eanet("resnet50", multi_grid=(1, 2))
-    with pytest.raises(ValueError, match="eanet: multi_grid needs a ResNet"):
-        models.eanet("test_convnext", multi_grid=(1, 2, 4))
+    with pytest.raises(ValueError, match="eanet: last_dilations needs a ResNet"):
+        models.eanet("test_convnext", last_dilations=(2, 8, 16))
+    with pytest.raises(ValueError, match=r"danet: last_dilations must be >= 1, got last_dilations=\(0, 2, 4\)"):
+        models.danet("resnet50", last_dilations=(0, 2, 4))
     with pytest.raises(ValueError, match="output_stride must be >= 1, got output_stride=0"):
         models.fcn("resnet18", output_stride=0)
 

@@ -96,29 +96,27 @@ def _backbone(
     return backbone, int(info.channels()[index])
 
 
-def _last_units(owner: str, backbone: nn.Module, option: str, numbers: Sequence[int]) -> list[nn.Conv2d]:
-    """The 3x3 convolutions in the units of a ResNet's last stage, one for each number of an option.
+def _dilate(owner: str, backbone: nn.Module, dilations: Sequence[int] | None) -> None:
+    """Give the 3x3 convolutions in the units of a ResNet's last stage other dilations.
 
     Raises:
         ValueError: It is no ResNet, or one with another number of units.
     """
+    if dilations is None:
+        return
     units = [getattr(unit, "conv2", None) for unit in getattr(backbone, "layer4", ())]
     convolutions = [unit for unit in units if isinstance(unit, nn.Conv2d)]
     check(
-        len(convolutions) == len(units) == len(numbers) > 0,
+        len(convolutions) == len(units) == len(dilations) > 0,
         owner,
-        f"{option} needs a ResNet and a number for each unit of its last stage",
-        remedy=f"Use {option}=None.",
-        **{option: tuple(numbers)},
+        "last_dilations needs a ResNet and a number for each unit of its last stage",
+        remedy="Use last_dilations=None.",
+        last_dilations=tuple(dilations),
         units=len(units),
     )
-    return convolutions
-
-
-def _multi_grid(owner: str, backbone: nn.Module, grid: Sequence[int]) -> None:
-    """Widen the dilation of the units of the last stage, each by its own factor; the first unit stays as it is."""
-    for unit, factor in list(zip(_last_units(owner, backbone, "multi_grid", grid), grid, strict=True))[1:]:
-        unit.dilation = unit.padding = tuple(size * factor for size in unit.dilation)
+    check(min(dilations) >= 1, owner, "last_dilations must be >= 1", last_dilations=tuple(dilations))
+    for conv, dilation in zip(convolutions, dilations, strict=True):
+        conv.dilation = conv.padding = (dilation, dilation)
 
 
 def _conv_norm_act(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -211,11 +209,7 @@ def danet(
         ([5, 5, 5], 5)
     """
     net, width = _backbone("danet", backbone, in_chans, output_stride, options)
-    if last_dilations is not None:
-        for unit, dilation in zip(
-            _last_units("danet", net, "last_dilations", last_dilations), last_dilations, strict=True
-        ):
-            unit.dilation = unit.padding = (dilation, dilation)
+    _dilate("danet", net, last_dilations)
     return Segmenter(net, DualAttentionHead(width, num_classes, drop=drop_rate), num_classes)
 
 
@@ -236,7 +230,7 @@ def eanet(
     in_chans: int = 3,
     output_stride: int = 8,
     drop_rate: float = 0.1,
-    multi_grid: Sequence[int] | None = None,
+    last_dilations: Sequence[int] | None = None,
     **options: Any,
 ) -> Segmenter:
     """EANet for segmentation: conv 3x3, external attention, conv 3x3, classifier.
@@ -247,12 +241,12 @@ def eanet(
         in_chans: Channels of the images.
         output_stride: See `fcn`.
         drop_rate: Dropout of whole channels before the classifier.
-        multi_grid: Factors on the dilation in the units of a ResNet's last stage, of which the first is not used;
-            `eanet50` and `eanet101` have the authors' (1, 2, 4).
+        last_dilations: Of the units in a ResNet's last stage, in place of timm's; `eanet50` and `eanet101` have the
+            authors'.
         options: Of the backbone, for timm.
 
     Raises:
-        ValueError: timm has no such network, it has no features of that stride, or multi_grid does not fit it.
+        ValueError: timm has no such network, it has no features of that stride, or last_dilations does not fit it.
 
     Differs from the authors' code:
         The two memories are separate (see `ExternalAttention2d`), the loss is not part of the network, and any
@@ -266,8 +260,7 @@ def eanet(
         torch.Size([2, 5, 33, 40])
     """
     net, width = _backbone("eanet", backbone, in_chans, output_stride, options)
-    if multi_grid is not None:
-        _multi_grid("eanet", net, multi_grid)
+    _dilate("eanet", net, last_dilations)
     inner = max(2, width // 4)
     head = nn.Sequential(
         OrderedDict(
@@ -281,11 +274,17 @@ def eanet(
     return Segmenter(net, head, num_classes)
 
 
-def eanet50(**options: Any) -> Segmenter:
-    """EANet on ResNet-50 with a deep stem and multi-grid. Arguments as of `eanet`."""
-    return eanet("resnet50s", **{"multi_grid": (1, 2, 4), **options})
+# The authors' multi-grid at the strides that their code knows: timm's first unit, then 2 and 4 times timm's.
+_MULTI_GRID = {8: (2, 8, 16), 16: (1, 4, 8)}
 
 
-def eanet101(**options: Any) -> Segmenter:
-    """EANet on ResNet-101 with a deep stem and multi-grid. Arguments as of `eanet`."""
-    return eanet("resnet101s", **{"multi_grid": (1, 2, 4), **options})
+def eanet50(*, output_stride: int = 8, **options: Any) -> Segmenter:
+    """EANet on ResNet-50 with a deep stem and, at output strides 8 and 16, multi-grid. Arguments as of `eanet`."""
+    grid = {"last_dilations": _MULTI_GRID.get(output_stride)}
+    return eanet("resnet50s", output_stride=output_stride, **{**grid, **options})
+
+
+def eanet101(*, output_stride: int = 8, **options: Any) -> Segmenter:
+    """EANet on ResNet-101 with a deep stem and, at output strides 8 and 16, multi-grid. Arguments as of `eanet`."""
+    grid = {"last_dilations": _MULTI_GRID.get(output_stride)}
+    return eanet("resnet101s", output_stride=output_stride, **{**grid, **options})
