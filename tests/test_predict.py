@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import visattn.predict
 from visattn.cli import main
@@ -354,3 +355,50 @@ def test_other_settings(refused, pictures, tmp_path, weights):
     assert line == "visattn: --batch-size must be 1 or more, got 0.\n"
     line = refused(weights, pictures, tmp_path / "out", "--device", "tpu")
     assert "unknown device 'tpu'. Devices here: cpu" in line
+
+
+def test_a_description_of_a_network_larger_than_its_file(weights, tmp_path):
+    with safe_open(weights, framework="pt") as file:
+        described = json.loads(file.metadata()["visattn"])
+    tensors = load_file(weights)
+    for change in ({"arm": "control", "control": [10**12]}, {"backbone": "vit_7b_patch16_dinov3"}):
+        save_file(tensors, tmp_path / "a.safetensors", {"visattn": json.dumps(described | change)})
+        with pytest.raises(UserError, match="its description is of a network larger than the file"):
+            load_network(tmp_path / "a.safetensors")
+
+
+def test_weights_that_are_no_numbers(weights, tmp_path):
+    with safe_open(weights, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(weights)
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    tensors[name].flatten()[0] = torch.nan
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    with pytest.raises(UserError, match=rf"has infinite or NaN weights \(1 tensors, the first {name}\)"):
+        load_network(tmp_path / "a.safetensors")
+
+
+def test_images_that_all_lie_where_results_go(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="all 1 images lie in it, where results go"):
+        find_images([tmp_path], tmp_path)
+
+
+def test_masks_of_a_network_that_takes_multiples_of_32_alone(tmp_path):
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            if any(length % 32 for length in x.shape[2:]):
+                raise RuntimeError("The size of tensor a (19) must match the size of tensor b (20)")
+            return self.conv(x)
+
+    net = Picky()
+    images = torch.rand(2, 3, 70, 33)
+    description = Description(
+        "segmentation", "hrnet_w18", 8, "plain", ("head",), (), ("a", "b"), (64, 64), 73, 3, (0.5,) * 3, (0.5,) * 3
+    )
+    masks = visattn.predict._Masks(net, description, [tmp_path / "a.png"], tmp_path)
+    assert masks._logits(images).shape == (2, 2, 64, 32)

@@ -185,3 +185,17 @@ def test_wrong_arguments():
     with pytest.raises(TypeError, match="kernels"):
         visattn.replace(net, "sk", at="0", kernels=3)
     assert isinstance(net[0], nn.Conv2d)
+
+
+def test_a_unit_with_two_names_is_replaced_once_and_comes_back():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = self.second = nn.Sequential(nn.Conv2d(8, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())
+
+    net = Net()
+    before = list(net.first)
+    record = visattn.replace(net, "sk", at=["first.0", "second.0"])
+    assert [place.name for place in record.places] == ["first.0", "second.0"]
+    record.remove()
+    assert list(net.first) == before

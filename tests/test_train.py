@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,3 +266,26 @@ def test_a_training_that_comes_to_no_end(pictures, tmp_path, monkeypatch, error,
     monkeypatch.setattr(visattn.train, "run_trial", fail)
     with pytest.raises(UserError, match=line):
         train(settings(pictures, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("damage", ["network", "row", "history", "no rows"])
+def test_a_checkpoint_of_something_else(trained, pictures, tmp_path, damage):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    kept = torch.load(out / "last.ckpt")
+    if damage == "network":
+        kept["state_dict"].popitem()
+    else:
+        kept["history"] = {"row": [{"a": 1}], "history": 5, "no rows": []}[damage]
+    torch.save(kept, out / "last.ckpt")
+    with pytest.raises(UserError, match=r"last\.ckpt is no checkpoint of this training\. Remove it to start"):
+        train(settings(pictures, out, resume=True))
+
+
+def test_a_record_with_settings_of_another_form(trained, pictures, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    record = json.loads((out / "train.json").read_text())
+    (out / "train.json").write_text(json.dumps({**record, "settings": [1]}))
+    with pytest.raises(UserError, match=r"train\.json is not readable as a record of visattn train"):
+        train(settings(pictures, out, resume=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from visattn.errors import UserError, require
+from visattn.errors import UserError, one_line, plain, require
 
 __all__ = ["main"]
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         if "--debug" in arguments:
             raise
-        print(f"visattn: {error}", file=sys.stderr)
+        print(f"visattn: {plain(one_line(error))}", file=sys.stderr)
         status = 2
     sys.exit(status if isinstance(status, int) else 0)
 

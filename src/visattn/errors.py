@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 
-__all__ = ["UserError", "check", "did_you_mean", "one_line", "require", "some"]
+__all__ = ["UserError", "check", "did_you_mean", "one_line", "plain", "require", "some"]
 
 
 class UserError(Exception):
@@ -41,10 +41,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def plain(text: str) -> str:
+    """Text from elsewhere with line breaks, terminal codes and the like spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
 def some(names: Sequence[str], most: int = 3) -> str:
     """The first of many names, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(plain, names[:most])) + more
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:

@@ -31,6 +31,7 @@ __all__ = ["Predictions", "find_images", "predict", "show"]
 TABLE = "predictions.csv"
 TOP = 5  # classes named for a picture
 SHOWN = 20  # rows printed
+COMMON = 32  # what the stages of nearly every network divide its input by
 BRIEF = 4  # classes printed for a mask
 BACKGROUND = "background"  # the class that an overlay leaves clear
 
@@ -65,14 +66,19 @@ def find_images(arguments: Sequence[Path], out: Path) -> list[Path]:
         UserError: A path that is not there, or no picture at all.
     """
     found: dict[str, Path] = {}
+    passed = 0
     results = os.path.join(os.path.abspath(out), "")
     for argument in arguments:
         if not argument.exists():
             raise UserError(f"{argument}: no such file or folder.")
         for path in images_in(argument) if argument.is_dir() else [argument]:
             place = os.path.abspath(path)
-            if not place.startswith(results):
+            if place.startswith(results):
+                passed += 1
+            else:
                 found.setdefault(place, path)
+    if passed and not found:
+        raise UserError(f"--out {out}: all {passed} images lie in it, where results go. Use another --out.")
     if not found:
         raise UserError(f"no images in {', '.join(map(str, arguments))}.")
     return list(found.values())
@@ -258,9 +264,21 @@ class _Masks:
             sizes.setdefault(item[1][0].shape, []).append(item)
         for group in sizes.values():
             images = torch.stack([image for _, (image, _) in group]).to(_place(self.net))
-            logits = main_output(self.net(images)).float()
+            logits = self._logits(images).float()
             for (path, (_, picture)), scores in zip(group, logits, strict=True):
                 self._write(path, picture, _labels(scores, (picture.height, picture.width)))
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """(B, K, h, w); networks that add up maps of several scales get the nearest size that all of these divide."""
+        try:
+            return main_output(self.net(images))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            size = [max(1, round(length / COMMON)) * COMMON for length in images.shape[2:]]
+            if size == list(images.shape[2:]):
+                raise
+            return main_output(self.net(functional.interpolate(images, size=size, mode="bilinear", antialias=True)))
 
     def _write(self, path: Path, picture: Any, labels: Tensor) -> None:
         image = require("PIL.Image", extra="compare", purpose="visattn predict")

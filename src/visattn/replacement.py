@@ -133,8 +133,9 @@ def replace(
             new = built[conv] = _built(build, name, conv, options)
         holder, key = _holder(net, name)
         behind = list(_behind(holder, key, conv)) if getattr(new, "activated", False) else []
-        changes.append((holder, key, conv, new))
-        changes += [(holder, other, holder._modules[other], nn.Identity()) for other in behind]  # type: ignore[misc]
+        if (holder, key) not in [change[:2] for change in changes]:  # a holder with two names is changed once
+            changes.append((holder, key, conv, new))
+            changes += [(holder, other, holder._modules[other], nn.Identity()) for other in behind]  # type: ignore[misc]
         before = [conv, *(holder._modules[other] for other in behind)]
         places.append(Replaced(name, _described(conv), sum(map(_count, before)), _count(new)))
     for holder, key, _, new in changes:

@@ -121,7 +121,7 @@ def _train(settings: TrainSettings, plan: Plan, arm: Arm, net: nn.Module, *, fir
     out, description = plan.settings.out, plan.describe(arm)
     if first:
         _begin(out, _record(settings, plan, description, count_parameters(net)))
-    before = _history(out)
+    before = _history(out, net)
     show = _Show(settings, before) if first else None
     trial = TrialSettings(
         plan.settings.epochs,
@@ -248,6 +248,7 @@ def _begin(out: Path, record: dict[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
         known = before["format"] == FORMAT
         identity, notes = dict(before["identity"]), list(before["notes"])
+        before |= {part: dict(before.get(part, {})) for part in ("settings", "versions", "hardware")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not readable as a record of visattn train. Use another --out.") from error
     if not known:
@@ -257,10 +258,24 @@ def _begin(out: Path, record: dict[str, Any]) -> None:
     write_json(path, {**before, "notes": notes})
 
 
-def _history(out: Path) -> list[Epoch]:
-    """The epochs that the checkpoint of a folder has behind it."""
+def _history(out: Path, net: nn.Module) -> list[Epoch]:
+    """The epochs that the checkpoint of a folder has behind it.
+
+    Raises:
+        UserError: It is no checkpoint, or one of another network.
+    """
     path = out / CHECKPOINT
-    return [Epoch(**row) for row in read_checkpoint(path)["history"]] if path.exists() else []
+    if not path.exists():
+        return []
+    kept = read_checkpoint(path)
+    try:
+        epochs = [Epoch(**row) for row in kept["history"]]
+        shapes = {name: tensor.shape for name, tensor in kept["state_dict"].items() if name.startswith("net.")}
+    except (TypeError, AttributeError):
+        epochs, shapes = [], {}
+    if not epochs or shapes != {f"net.{name}": tensor.shape for name, tensor in net.state_dict().items()}:
+        raise UserError(f"{path} is no checkpoint of this training. Remove it to start from the beginning.")
+    return epochs
 
 
 class _Show:

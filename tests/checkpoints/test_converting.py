@@ -122,3 +122,15 @@ def test_an_older_file_stays_where_the_new_one_cannot_be_written(tmp_path, monke
         convert_file(tmp_path / "in.pth", target)
     assert target.read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["in.pth", "out.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a", torch.complex128), ("a\udcff", torch.float32), ("__metadata__", torch.float32)]
+)
+def test_what_safetensors_does_not_take(tmp_path, name, kind, capsys):
+    torch.save({name: torch.ones(2, dtype=kind)}, tmp_path / "a.pth")
+    code, _, said = run(capsys, "convert", tmp_path / "a.pth", tmp_path / "b.safetensors")
+    assert code == 2
+    assert said.startswith("visattn: cannot write")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "b.safetensors").exists()

@@ -489,3 +489,49 @@ def test_the_record_is_short(tmp_path):
         "file.pth: DANet as of junfu1115/DANet, under 'state_dict'\n"
         f"  mapped  {len(record.mapped)} tensors\n  dropped nothing\n  left at initialisation nothing"
     )
+
+
+@pytest.mark.parametrize("kind", ["shared", "inference"])
+def test_a_network_that_cannot_be_written_is_left_whole(tmp_path, kind):
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    before = changed(net)
+    with torch.inference_mode():
+        made = torch.ones(2)
+    net[1].bias = nn.Parameter(made if kind == "inference" else torch.ones(1).expand(2), requires_grad=False)
+    with pytest.raises(ValueError, match=r"^load_checkpoint: the network's tensors cannot be written \(1\.bias\)"):
+        load_checkpoint(net, tmp_path / "net.pth")
+    assert torch.equal(net[0].weight, before["0.weight"])
+
+
+def test_two_names_for_one_tensor_are_refused(tmp_path):
+    net = models.fcn("convnext_atto", num_classes=2)
+    state = timm.create_model("convnext_atto").state_dict()
+    flat = {n.replace("stages.0.", "stages_0.", 1): t + 1 for n, t in state.items() if n.startswith("stages.0.")}
+    torch.save({**state, **flat}, tmp_path / "net.pth")
+    before = changed(net)
+    with pytest.raises(ValueError, match=r"that it does not know \(stages_0\.blocks\.0"):
+        load_checkpoint(net, tmp_path / "net.pth")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_two_names_of_a_published_layout_for_one_tensor_are_refused(tmp_path):
+    net = danet("resnet50c")
+    state = changed(net)
+    torch.save(
+        {
+            **{name: t for name, t in state.items() if name.startswith("backbone.")},
+            "backbone.stem.0.weight": state["backbone.conv1.0.weight"] + 1,
+            "decode_head.pam_in_conv.conv.weight": state["head.conv5a.0.weight"],
+            "decode_head.pam.gamma.scale": torch.tensor(1.0),
+        },
+        tmp_path / "net.pth",
+    )
+    with pytest.raises(ValueError, match=r"that it does not know \(backbone\.stem\.0\.weight\)"):
+        load_checkpoint(net, tmp_path / "net.pth")
+
+
+def test_names_with_codes_for_a_terminal_are_spelled_out(tmp_path):
+    torch.save({"a\n\x1b[31mb": torch.ones(2)}, tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=r"the file has a\\n\\x1b\[31mb; the network has"):
+        load_checkpoint(nn.Linear(2, 2), tmp_path / "net.pth")

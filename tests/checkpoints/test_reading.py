@@ -236,3 +236,10 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         UserError, match=r"reading a safetensors file needs safetensors, which is not installed\. Install"
     ):
         read(tmp_path / "file.safetensors")
+
+
+def test_tensors_that_share_memory_many_times_over(tmp_path):
+    memory = torch.zeros(10_000)
+    torch.save({f"a{i}": memory.view(100, 100) for i in range(100)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="the tensors share memory, and without would take 32 times the file or more"):
+        read(tmp_path / "a.pth")

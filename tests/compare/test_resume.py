@@ -7,6 +7,10 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
+from visattn.compare.run import _is_measured
+
 OPTIONS = ["--mechanisms", "dual", "--epochs", "6", "--seeds", "1", "--batch-size", "8", "--device", "cpu"]
 
 
@@ -69,3 +73,11 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path, pictures):
         _, said = second.communicate(timeout=120)
     assert second.returncode == 2
     assert f"out: another visattn compare (process {os.getpid()}) is writing to it." in said
+
+
+@pytest.mark.parametrize("content", ["garbage", "[1]", "{}"])
+def test_damaged_costs_are_measured_anew(tmp_path, content):
+    (tmp_path / "dual.json").write_text(content)
+    assert not _is_measured(tmp_path / "dual.json")
+    (tmp_path / "dual.json").write_text('{"parameters": 3}')
+    assert _is_measured(tmp_path / "dual.json")

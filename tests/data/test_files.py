@@ -1,10 +1,12 @@
 import random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from visattn.data import open_data, pictures
+from visattn.data.pictures import decode, open_picture
 from visattn.errors import UserError
 
 SIZE = {"backbone_size": 224, "fixed_size": False}
@@ -164,3 +166,16 @@ def test_a_download_that_fails_is_one_line(monkeypatch):
     with pytest.raises(UserError) as caught:
         open_data("torch/cifar10", **SIZE)
     assert str(caught.value) == "--data torch/cifar10: timm.data could not open its train split: no route to host"
+
+
+def test_grey_pictures_of_16_bits_are_not_clipped(tmp_path):
+    values = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "16.png")
+    Image.fromarray((values / 256).astype(np.uint8)).save(tmp_path / "8.png")
+    assert torch.equal(open_picture(tmp_path / "16.png", 64), open_picture(tmp_path / "8.png", 64))
+
+
+def test_pictures_of_32_bits_are_refused(tmp_path):
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "32.tif")
+    with pytest.raises(ValueError, match="its pixels have 32 bits, and nothing tells which value is white"):
+        decode(tmp_path / "32.tif")

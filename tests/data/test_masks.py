@@ -1,6 +1,8 @@
 """Folders of images with masks: what is read, what is paired, and what each bad file is told."""
 
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -209,3 +211,67 @@ def test_what_is_no_folder(name, line):
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     assert "file: a file. Give a folder of images/ and masks/." in refusal(tmp_path / "file")
+
+
+def grey_png(path, values, bits):
+    """A grey PNG of 2 or 4 bits, which PIL itself does not write."""
+    rows = b""
+    for row in values:
+        line = row.reshape(-1, 8 // bits)
+        weights = 1 << np.arange(8 - bits, -1, -bits)
+        rows += b"\0" + (line * weights).sum(1).astype(np.uint8).tobytes()
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_masks_of_few_bits_keep_their_numbers(folder, bits):
+    paint(folder, "3", size=(48, 48), labels=(0, 1, 3))
+    before = open_data(str(folder), **SIZE)
+    classes = np.asarray(Image.open(folder / "masks" / "3.png"))
+    grey_png(folder / "masks" / "3.png", classes, bits)
+    data = open_data(str(folder), **SIZE)
+    assert data.classes == ("0", "1", "2", "3")
+    for old, new in ((before.train, data.train), (before.val, data.val)):
+        everything = torch.arange(len(old))
+        assert torch.equal(
+            old.targets(everything, seed=0, epoch=0),
+            new.targets(everything, seed=0, epoch=0),
+        )
+
+
+@pytest.mark.parametrize("drawn_on", ["as it is seen", "as it lies in the file"])
+def test_an_image_that_exif_turns_is_paired_upright(folder, drawn_on):
+    plain = open_data(str(folder), **SIZE)
+    for name in map(str, range(10)):
+        path = folder / "images" / f"{name}.png"
+        picture, exif = Image.open(path).transpose(Image.Transpose.ROTATE_90), Image.Exif()
+        exif[0x0112] = 6
+        picture.save(path, exif=exif)
+        mask = Image.open(folder / "masks" / f"{name}.png")
+        mask.load()
+        if drawn_on != "as it is seen":
+            mask.transpose(Image.Transpose.ROTATE_90).save(folder / "masks" / f"{name}.png")
+    turned = open_data(str(folder), **SIZE)
+    for old, new in ((plain.train, turned.train), (plain.val, turned.val)):
+        everything, where = torch.arange(len(old)), {"seed": 0, "epoch": 0}
+        assert torch.equal(old.batch(everything, **where), new.batch(everything, **where))
+        assert torch.equal(old.targets(everything, **where), new.targets(everything, **where))
+
+
+def test_an_image_that_exif_turns_within_its_size_is_refused(folder):
+    path, exif = folder / "images" / "4.png", Image.Exif()
+    exif[0x0112] = 3
+    Image.open(path).save(path, exif=exif)
+    message = refusal(folder)
+    assert f"unreadable image {path}: it is to be turned (EXIF orientation 3), and nothing tells" in message
+
+
+def test_masks_that_are_ignored_as_a_whole(folder):
+    for path in (folder / "masks").iterdir():
+        Image.fromarray(np.full((37, 41), 255, np.uint8)).save(path)
+    assert "the masks of all 8 images to train on are ignored as a whole (class 255)" in refusal(folder)

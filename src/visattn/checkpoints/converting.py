@@ -43,11 +43,13 @@ def convert_file(source: str | os.PathLike[str], target: str | os.PathLike[str])
         if match.unknown:
             unknown = f"has {len(match.unknown):,} tensors that this layout does not ({some(match.unknown)})"
             raise ValueError(f"the file ({match.layout}) {unknown}, got file={str(path)!r}.")
+    if "__metadata__" in match.mapped:  # it would be written, but could not be read
+        raise UserError(f"cannot write {target} (safetensors has no tensor named __metadata__)")
     tensors = {name: tensor.contiguous().clone() for name, tensor in match.mapped.items()}  # none may share memory
     layout = content.metadata.get(LAYOUT, match.layout)
     try:
         with whole(out) as partial:
             saving.save_file(tensors, partial, {LAYOUT: layout, _SOURCE: content.metadata.get(_SOURCE, path.name)})
-    except safetensors.SafetensorError as error:
+    except (KeyError, UnicodeEncodeError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {target} ({one_line(error)})") from error
     return Loaded(path, match.layout, tuple(match.mapped), tuple(match.dropped), note=match.note)

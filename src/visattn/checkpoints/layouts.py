@@ -57,7 +57,8 @@ class Layout:
                 match = re.match(_pattern(theirs), name)
                 if match:
                     mine = re.sub(r"\{(\w)\}", lambda number, match=match: match[number[1]], mine)  # type: ignore[misc]
-                    ours[mine + name[match.end() :]] = _reshape(tensor, form)
+                    mine += name[match.end() :]
+                    (unknown.append(name) if mine in ours else ours.update({mine: _reshape(tensor, form)}))
                     break
             else:
                 unknown.append(name)

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from visattn.checkpoints.layouts import architecture, classifier, strip_prefixes
 from visattn.checkpoints.matching import COUNTER, Match, match_with
 from visattn.checkpoints.reading import read
-from visattn.errors import some
+from visattn.errors import plain, some
 from visattn.surgery import Inserted
 
 __all__ = ["Loaded", "load_checkpoint", "speaking_for"]
@@ -60,11 +60,11 @@ def _count(names: Sequence[str]) -> str:
     counters = [name for name in names if name.endswith(COUNTER)]
     others = [name for name in names if not name.endswith(COUNTER)]
     if len(others) > _SHOWN:
-        groups = Counter(name.split(".")[0] for name in others)
+        groups = Counter(plain(name.split(".")[0]) for name in others)
         said = [f"{top}.* ({number})" for top, number in groups.items()]
         said = [*said[:_SHOWN], f"{len(said) - _SHOWN} more modules"] if len(said) > _SHOWN + 1 else said
     else:
-        said = list(others)
+        said = list(map(plain, others))
     said += [f"{COUNTER} of {len(counters)} norms"] if counters else []
     return f"{len(names):,}: {', '.join(said)}" if names else "nothing"
 
@@ -136,7 +136,7 @@ def _targets(net: nn.Module, given: Mapping[str, Tensor]) -> tuple[dict[str, Ten
     """The network's tensors by the names that files have, what was inserted since and stays, and the prefix taken off.
 
     Raises:
-        ValueError: The network has no tensors, or none in memory yet.
+        ValueError: The network has no tensors, none in memory yet, or some that cannot be written.
     """
     held = {name: tensor for name, tensor in net.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
     if not held:
@@ -146,6 +146,12 @@ def _targets(net: nn.Module, given: Mapping[str, Tensor]) -> tuple[dict[str, Ten
         raise ValueError(
             f"the network is not in memory yet ({some(empty)}). Run it once on a sample, or move it off the meta "
             "device with net.to_empty(device='cpu')."
+        )
+    fixed = [name for name, tensor in held.items() if not _writable(tensor)]
+    if fixed:  # found out now, as a network half loaded would be worse
+        raise ValueError(
+            f"the network's tensors cannot be written ({some(fixed)}): they were made in torch.inference_mode, or "
+            "share memory within themselves. Build the network outside of it, or clone them."
         )
     held, around = strip_prefixes(held)  # of a compiled network, or one in DataParallel
     names, aside = {*strip_prefixes(given)[0]}, []
@@ -158,6 +164,11 @@ def _targets(net: nn.Module, given: Mapping[str, Tensor]) -> tuple[dict[str, Ten
         aside += own
         held = {k.replace(host, place, 1) if k.startswith(host) else k: t for k, t in held.items() if k not in own}
     return held, aside, around
+
+
+def _writable(tensor: Tensor) -> bool:
+    shared = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return not shared and (torch.is_inference_mode_enabled() or not tensor.is_inference())
 
 
 def _check(match: Match, targets: Mapping[str, Tensor], file: Path, *, strict: bool) -> list[str]:

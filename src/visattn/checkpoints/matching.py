@@ -110,6 +110,8 @@ def _of_backbone(
         fitting = next((n for n in (f"backbone.{name}", f"backbone.{flat}") if n in targets), f"backbone.{name}")
         if fitting not in targets and name.startswith(_TOP):
             match.dropped.append(name)
+        elif fitting in match.mapped:  # two names for one tensor: which is meant, nothing tells
+            match.unknown.append(name)
         else:
             match.mapped[fitting] = tensor
     return match

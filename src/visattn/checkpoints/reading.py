@@ -22,6 +22,7 @@ from visattn.errors import one_line, require
 __all__ = ["Content", "read"]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "ema")
+_SHARED = 32  # times that a tensor may be in a file under different names, on average
 _DEPTH = 3  # wrappers inside one another
 _COMMANDS = ("os", "posix", "nt", "subprocess", "sys", "builtins", "__builtin__", "shutil", "socket", "importlib")
 
@@ -89,6 +90,8 @@ def read(file: Path) -> Content:
         plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
         if not plain or tensor.numel() * tensor.element_size() > size:  # strides of 0 can make much of little
             raise ValueError(f"tensor {name!r} is not one that the file holds as a whole, {got}.")
+    if sum(tensor.nbytes for tensor in content.tensors.values()) > _SHARED * size:
+        raise ValueError(f"the tensors share memory, and without would take {_SHARED} times the file or more, {got}.")
     return content
 
 

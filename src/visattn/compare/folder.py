@@ -75,7 +75,8 @@ class RunFolder:
             run = _read_json(self.path / "run.json")
         except ValueError as error:
             raise UserError(f"--out {self.path}: its run.json {error}. Use another --out.") from error
-        if run.get("format") != FORMAT or not isinstance(run.get("identity"), dict):
+        parts = [run.get("identity"), *(run.get(part, {}) for part in ("versions", "hardware"))]
+        if run.get("format") != FORMAT or not all(isinstance(part, dict) for part in parts):
             raise UserError(f"--out {self.path}: written by another version of visattn compare. Use another --out.")
         check_same(self.path, "run", run["identity"], self.plan.identity())
         known = {self.trial(arm.name, seed): (arm.name, seed) for arm, seed in self.plan.trials()}
@@ -141,6 +142,7 @@ class RunFolder:
         path, now = self.path / "run.json", self.plan.record()
         if path.exists():
             before = _read_json(path)
+            before["notes"] = [*notes] if isinstance(notes := before.get("notes"), list) else []
             before["notes"] += notes_on(before, now, ("versions", "hardware"))
             now = before
         write_json(path, now)

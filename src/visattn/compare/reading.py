@@ -146,7 +146,7 @@ def read_run(folder: Path) -> Run:
         places=places,
         seeds=tuple(seeds),
         arms=tuple(arms),
-        notes=[str(note) for note in data.content.get("notes", [])],
+        notes=[str(note) for note in data.get("notes", list)],
     )
 
 

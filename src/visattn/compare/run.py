@@ -66,6 +66,15 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {said[:450]}"
 
 
+def _is_measured(path: Path) -> bool:
+    """Whether a file holds the costs of an arm; one that is damaged is measured anew."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "parameters" in found and "failed" not in found
+
+
 def _measure_all(plan: Plan, folder: RunFolder) -> None:
     """Costs of the arms not yet measured, and the check that all are the same function before training."""
     progress = Progress(1, [])
@@ -73,7 +82,7 @@ def _measure_all(plan: Plan, folder: RunFolder) -> None:
     plain_parameters = 0
     for arm in plan.arms:
         path = folder.costs(arm.name)
-        if path.exists() and "failed" not in json.loads(path.read_text(encoding="utf-8")):
+        if _is_measured(path):
             continue
         if arm.name in plan.refused:
             write_json(path, {"arm": arm.name, "failed": plan.refused[arm.name]})
@@ -126,7 +135,8 @@ def _train_all(plan: Plan, folder: RunFolder) -> int:
 def _say_step0(plan: Plan, folder: RunFolder) -> None:
     """Print how far the arms of all finished trials were from plain before training."""
     results = [folder.trial(arm, seed) / "result.json" for arm, seed in sorted(folder.finished())]
-    found = [json.loads(path.read_text(encoding="utf-8"))["step0_difference"] for path in results]
+    told = [json.loads(path.read_text(encoding="utf-8")).get("step0_difference") for path in results]
+    found = [difference for difference in told if isinstance(difference, int | float)]
     if found:
         Progress(1, []).message(f"{len(found)} trials at step 0: max|output difference| = {max(found):g}")
 

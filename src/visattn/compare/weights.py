@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -28,6 +29,7 @@ __all__ = ["FORMAT", "Description", "load_network", "save_network"]
 FORMAT = 1  # of the description
 KEY = "visattn"  # its name among the metadata
 LARGEST = 4096  # side of images; more is no network's
+SMALL = 100_000_000  # parameters that are built whatever the size of their file
 LONGEST = 4  # a picture more than this many times as long as wide is squeezed to that
 
 
@@ -255,6 +257,7 @@ def load_network(path: Path) -> tuple[nn.Module, Description]:
                     f"{path} does not say which network it is for. Give weights of visattn train or of visattn compare."
                 )
             description = Description.parse(text)
+            _check_size(description, path)
             net = description.build()
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
@@ -265,4 +268,25 @@ def load_network(path: Path) -> tuple[nn.Module, Description]:
         net.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path} does not have the weights of its network: {one_line(error)[:300]}.") from error
+    broken = [name for name, tensor in net.state_dict().items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise UserError(f"{path} has infinite or NaN weights ({len(broken)} tensors, the first {broken[0]}).")
     return net, description
+
+
+def _check_size(description: Description, path: Path) -> None:
+    """Raise `ValueError` where a network would take more memory than its weights do in the file.
+
+    The file says what is built, so it must not be able to fill the memory with a few words.
+    """
+    timm = require("timm", extra="compare", purpose="visattn predict")
+    import visattn.models  # noqa: F401  # it registers the papers' networks with timm
+
+    size = path.stat().st_size
+    large = sum(description.control) > size
+    if timm.is_model(description.backbone):
+        with contextlib.suppress(Exception), torch.device("meta"):  # what cannot be built so is built in full
+            weights = timm.create_model(description.backbone, num_classes=0).parameters()
+            large = large or sum(weight.numel() for weight in weights) > max(size, SMALL)
+    if large:
+        raise ValueError("its description is of a network larger than the file")

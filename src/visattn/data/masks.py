@@ -21,11 +21,13 @@ from visattn.data.pictures import (
     crop_and_side,
     decode,
     images_in,
+    orientation,
     read_all,
     room_for,
     square,
     survey,
     unreadable,
+    upright,
 )
 from visattn.errors import UserError, require
 from visattn.tasks import IGNORED, SEGMENTATION
@@ -89,6 +91,12 @@ def from_masks(
         raise unreadable(folder, bad)
     if not all(map(len, splits)):
         raise UserError(f"--data {folder}: no readable image is left to train on, or none to measure on.")
+    for half, split in zip(("train on", "measure on"), splits, strict=True):
+        if all(bool((split.targets(torch.tensor([i]), seed=0, epoch=0) == IGNORED).all()) for i in range(len(split))):
+            raise UserError(
+                f"--data {folder}: the masks of all {len(split)} images to {half} are ignored as a whole (class "
+                f"{IGNORED}). Give some pixels a class."
+            )
     classes = names or tuple(map(str, range(max(highest) + 1)))
     if len(classes) < 2:
         raise UserError(f"--data {folder}: one class only in the masks. Two or more are needed.")
@@ -171,16 +179,24 @@ def _names(folder: Path) -> tuple[str, ...]:
 
 
 def _decode(pair: Pair) -> tuple[Any, Any]:
-    """Image and mask as PIL pictures.
+    """Image and mask as PIL pictures, both upright: a mask fits the image as it lies in the file or as it is seen.
 
     Raises:
-        ValueError: One of them cannot be read.
+        ValueError: One of them cannot be read, or EXIF says to turn the image and the mask's size does not tell.
     """
-    picture = decode(pair[0])
+    picture = decode(pair[0], turn=False)
     try:
-        return picture, decode(pair[1])
+        mask = decode(pair[1], numbers=True)
     except ValueError as error:
         raise ValueError(f"its mask {pair[1]}: {error}") from error
+    turn = orientation(picture)
+    turned = upright(picture, turn)
+    if picture.size == turned.size == mask.size and turn != 1:
+        raise ValueError(
+            f"it is to be turned (EXIF orientation {turn}), and nothing tells whether its mask {pair[1]} is too; "
+            "save the image upright, without EXIF"
+        )
+    return turned, mask if mask.size == turned.size else upright(mask, turn)
 
 
 def _check(folder: Path, path: Path, mask: Any, size: tuple[int, int], names: Sequence[str]) -> int:

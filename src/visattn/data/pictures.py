@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,11 +26,13 @@ __all__ = [
     "decode",
     "images_in",
     "open_picture",
+    "orientation",
     "read_all",
     "room_for",
     "square",
     "survey",
     "unreadable",
+    "upright",
 ]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -40,6 +43,9 @@ BILINEAR = 2  # PIL's number of it
 MARGIN = 8 / 7  # pictures are kept this much larger than the crop, the room in which the random crop moves
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+ORIENTATION = 0x0112  # EXIF's number of it
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's number to PIL's of the transposition that undoes it
+LEVELS = {2: 85, 4: 17}  # what PIL multiplies grey values of so few bits by
 
 Read = Callable[[int], Tensor]
 Item = TypeVar("Item")
@@ -55,20 +61,65 @@ def square(picture: Any, side: int, *, resample: int = BILINEAR) -> Tensor:
     return tensor
 
 
-def decode(path: Path) -> Any:
-    """Decode one file to a PIL picture.
+def orientation(picture: Any) -> int:
+    """How a PIL picture has to be turned to stand upright, as EXIF numbers it: 1 (not at all) to 8."""
+    try:
+        found = picture.getexif().get(ORIENTATION, 1)
+    except Exception:  # what a camera or an editor wrote there can be broken in any way
+        return 1
+    return found if found in TURNS else 1
+
+
+def upright(picture: Any, turn: int) -> Any:
+    """A PIL picture turned as `orientation` says."""
+    return picture.transpose(TURNS[turn]) if turn in TURNS else picture
+
+
+def in_eight_bits(picture: Any) -> Any:
+    """A PIL picture whose values are 0 to 255: PIL itself clips those of grey pictures with 16 bits to 255.
+
+    Raises:
+        ValueError: It has 32 bits, whose range nothing tells.
+    """
+    if picture.mode not in ("I", "F") and not picture.mode.startswith("I;16"):
+        return picture
+    if picture.mode == "F" or (picture.mode == "I" and picture.format not in ("PNG", "PPM")):
+        raise ValueError("its pixels have 32 bits, and nothing tells which value is white; save it with 8 or 16")
+    image = require("PIL.Image", extra="compare", purpose="reading images")
+    grey = image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    grey.info = picture.info  # where EXIF is
+    return grey
+
+
+def decode(path: Path, *, numbers: bool = False, turn: bool = True) -> Any:
+    """Decode one file to a PIL picture as it is seen: upright, with values from 0 to 255.
+
+    Args:
+        path: The file.
+        numbers: Its values are numbers, of classes: leave them as they are in the file, and do not turn it.
+        turn: False leaves a picture as it lies in the file.
 
     Raises:
         ValueError: It is no whole picture within the limits; the message says what is wrong.
     """
+    picture, levels = _decoded(path)
+    if numbers:
+        return picture if levels == 1 else picture.point([value // levels for value in range(256)])
+    picture = in_eight_bits(picture)
+    return upright(picture, orientation(picture)) if turn else picture
+
+
+def _decoded(path: Path) -> tuple[Any, int]:
+    """The picture as PIL gives it, and what PIL multiplied its values by."""
     image = require("PIL.Image", extra="compare", purpose="reading images")
     try:
         with image.open(path, formats=FORMATS) as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS:,}")
+            form = str(picture.tile[0][3]) if picture.mode == "L" and picture.tile else ""
             picture.load()
-            return picture
+            return picture, next((factor for bits, factor in LEVELS.items() if f"L;{bits}" in form), 1)
     except image.UnidentifiedImageError:
         raise ValueError("not an image") from None
     except (OSError, SyntaxError, EOFError, image.DecompressionBombError, image.DecompressionBombWarning) as error:
