@@ -18,15 +18,16 @@ Colour = tuple[int, int, int]
 def palette(count: int) -> list[Colour]:
     """A colour for each class and 256 in all: class 0 dark, as it is mostly background, ignored pixels pale grey.
 
-    Hues go around once; neighbours differ in lightness too.
+    Hues go around once; neighbours differ in lightness too, blues and violets, dark to the eye, stay light.
 
     Args:
         count: How many classes there are.
     """
     colours = [(38, 43, 51)]
     for index in range(count - 1):
-        lightness = (0.62, 0.42, 0.76)[index % 3]
-        channels = colorsys.hls_to_rgb(index / (count - 1), lightness, 0.75)
+        hue, lightness = index / (count - 1), (0.62, 0.42, 0.76)[index % 3]
+        lightness = max(lightness, 0.65) if 0.6 < hue < 0.85 else lightness
+        channels = colorsys.hls_to_rgb(hue, lightness, 0.75)
         colours.append((round(255 * channels[0]), round(255 * channels[1]), round(255 * channels[2])))
     return colours[:256] + [(225, 225, 225)] * (256 - len(colours))
 

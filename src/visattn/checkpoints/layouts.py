@@ -58,7 +58,10 @@ class Layout:
                 if match:
                     mine = re.sub(r"\{(\w)\}", lambda number, match=match: match[number[1]], mine)  # type: ignore[misc]
                     mine += name[match.end() :]
-                    (unknown.append(name) if mine in ours else ours.update({mine: _reshape(tensor, form)}))
+                    if mine in ours:  # two names for one tensor: which is meant, nothing tells
+                        unknown.append(name)
+                    else:
+                        ours[mine] = _reshape(tensor, form)
                     break
             else:
                 unknown.append(name)
