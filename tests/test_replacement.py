@@ -150,6 +150,7 @@ def test_blocks_dilate():
         (nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"), "padding_mode 'reflect', not zeros"),
         (nn.LazyConv2d(64, 3, padding=1), "its channels are not known before a first call"),
         (nn.Conv1d(64, 64, 3), "Conv1d, not a 2-D convolution"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(64, 64, 3, padding=1)), "hooks or parametrizations .*first"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules")

@@ -11,8 +11,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from visattn.blocks import PyramidSqueezeAttention
+from visattn.blocks.base import has_hooks
 from visattn.errors import some
 from visattn.registry import list_blocks, resolve
 
@@ -199,6 +201,8 @@ def _objection(module: nn.Module) -> str:
         return f"kernel {height}x{width}, not square and odd"
     if len(set(module.stride)) > 1 or len(set(module.dilation)) > 1:
         return f"stride {module.stride} or dilation {module.dilation} differs by direction"
+    if has_hooks(module) or is_parametrized(module):
+        return "hooks or parametrizations such as weight_norm would be lost: remove them first"
     if module.padding_mode != "zeros":
         return f"padding_mode {module.padding_mode!r}, not zeros"
     same = module.dilation[0] * (height // 2)

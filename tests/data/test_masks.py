@@ -133,6 +133,14 @@ def test_a_mask_without_an_image(folder):
     ) in refusal(folder)
 
 
+def test_halves_inside_images_are_not_mixed(folder):
+    for kind in ("images", "masks"):
+        for half in ("train", "val"):
+            (folder / kind / half).mkdir()
+    assert "train/ and val/ inside" in (said := refusal(folder))
+    assert said.endswith("/train/images, " + f"{folder}/train/masks and so on.")
+
+
 def test_a_mask_of_colours(folder):
     Image.new("RGB", (41, 37)).save(folder / "masks" / "4.png")
     assert (

@@ -136,6 +136,11 @@ def _pairs(folder: Path, part: Path) -> list[Pair]:
             f"--data {folder}: no images/ and masks/ in {part}. Expected {part}/images/<name>.jpg and "
             f"{part}/masks/<name>.png, or both in train/ and in val/."
         )
+    if all((part / "images" / half).is_dir() for half in ("train", "val")):
+        raise UserError(
+            f"--data {folder}: train/ and val/ inside {part / 'images'} would be mixed. Put images/ and masks/ into "
+            f"train/ and into val/: {part}/train/images, {part}/train/masks and so on."
+        )
     images, masks = _by_name(folder, part / "images"), _by_name(folder, part / "masks")
     for mask in masks.values():
         if mask.suffix.lower() not in LOSSLESS:
