@@ -173,6 +173,21 @@ def test_a_network_in_its_authors_names(tmp_path, title):
     assert (record.dropped, record.left) == ((), ())
 
 
+def test_numbers_too_large_for_the_network_are_refused(tmp_path):
+    net = visattn.PyramidSqueezeBottleneck(64, 64).half()
+    state = {name: tensor.float() for name, tensor in net.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    state["bn1.running_var"] = torch.full((64,), 70_000.0)
+    with pytest.raises(
+        ValueError, match=r"numbers that are infinite in the network's torch.float16 \(bn1.running_var\)"
+    ):
+        load_checkpoint(net, saved(tmp_path, state))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    state["bn1.running_var"] = torch.full((64,), 7.0)
+    load_checkpoint(net, saved(tmp_path, state))
+    assert net.bn1.running_var.eq(7).all()
+
+
 def test_what_only_training_needs_is_dropped(tmp_path):
     net = danet()
     theirs = of_danet(changed(danet()))

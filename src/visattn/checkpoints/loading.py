@@ -195,12 +195,24 @@ def _check(match: Match, targets: Mapping[str, Tensor], file: Path, *, strict: b
     match.dropped += [*match.unknown, *extra, *kept]
     if not mapped:
         raise ValueError(f"the file ({match.layout}) has nothing that the network could take, {got}.")
+    large = [name for name, tensor in mapped.items() if _overflows(targets[name], tensor)]
+    if large:
+        raise ValueError(
+            f"the file ({match.layout}) has numbers that are infinite in the network's {targets[large[0]].dtype} "
+            f"({some(large)}). Load it into a float32 network, {got}."
+        )
     return [name for name in targets if name not in mapped]
 
 
 def _takes(name: str, target: Tensor, tensor: Tensor) -> bool:
     kind = target.is_floating_point() == tensor.is_floating_point() and target.is_complex() == tensor.is_complex()
     return (kind or name.endswith(COUNTER)) and target.shape == tensor.shape
+
+
+def _overflows(target: Tensor, tensor: Tensor) -> bool:
+    """Whether finite numbers become infinite in the type of a network's tensor."""
+    narrower = target.is_floating_point() and torch.finfo(target.dtype).max < torch.finfo(tensor.dtype).max
+    return narrower and bool((tensor.isfinite() & ~tensor.to(target.dtype).isfinite()).any())
 
 
 def _is_classifier(name: str, mapped: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> bool:
