@@ -402,3 +402,14 @@ def test_masks_of_a_network_that_takes_multiples_of_32_alone(tmp_path):
     )
     masks = visattn.predict._Masks(net, description, [tmp_path / "a.png"], tmp_path)
     assert masks._logits(images).shape == (2, 2, 64, 32)
+
+
+def test_a_folder_that_cannot_be_made(weights, pictures, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out .*file/out: cannot write there \(Not a directory\)"):
+        predict(weights, [pictures], tmp_path / "file" / "out", device="cpu")
+
+
+def test_weights_that_cannot_be_written(plan, tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*gone/w\.safetensors"):
+        saved(plan, plan.arms[0], tmp_path / "gone" / "w.safetensors")

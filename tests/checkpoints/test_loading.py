@@ -550,3 +550,12 @@ def test_names_with_codes_for_a_terminal_are_spelled_out(tmp_path):
     torch.save({"a\n\x1b[31mb": torch.ones(2)}, tmp_path / "net.pth")
     with pytest.raises(ValueError, match=r"the file has a\\n\\x1b\[31mb; the network has"):
         load_checkpoint(nn.Linear(2, 2), tmp_path / "net.pth")
+
+
+def test_a_file_of_another_network_has_nothing_to_take(tmp_path):
+    net = torch.nn.Linear(3, 2)
+    file = saved(tmp_path, {"conv2_sk.convs.0.0.weight": torch.zeros(8, 4, 3, 3)})
+    with pytest.raises(
+        ValueError, match=r"SKUnit as of developer0hye/SKNet-PyTorch\) has nothing that the network could"
+    ):
+        load_checkpoint(net, file, strict=False)

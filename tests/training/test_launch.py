@@ -123,3 +123,11 @@ def test_epochs_as_files_hold_them():
         "1,0.5,0.25,0.75,0.5,2.0,0.9",
     ]
     assert as_json(epoch.details) == {"pixel_accuracy": 0.9, "iou": [0.5, None]}
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(data, tmp_path):
+    file = tmp_path / "last.ckpt"
+    with pytest.raises(UserError, match=r"cannot write .*last\.ckpt \(Is a directory\)"):
+        train(
+            network(), data, SETTINGS, launch=Launch(checkpoint=file), on_batch=lambda *step: file.mkdir(exist_ok=True)
+        )

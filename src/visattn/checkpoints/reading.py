@@ -99,7 +99,7 @@ def _read_safetensors(file: Path, got: str) -> Content:
     safetensors = require("safetensors", extra="compare", purpose="reading a safetensors file")
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
             metadata = dict(opened.metadata() or {})
     except (safetensors.SafetensorError, OSError) as error:
         raise _cut_off(error, got) from error

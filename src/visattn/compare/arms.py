@@ -118,7 +118,7 @@ def default_stride(name: str, image_size: tuple[int, int]) -> int:
 
 def head_channels(net: nn.Module) -> int:
     """Channels of the features that a plain segmentation head is given."""
-    return int(net.get_submodule(f"{SEGMENTATION_PLACE}.conv").in_channels)  # type: ignore[arg-type]
+    return int(net.get_submodule(f"{SEGMENTATION_PLACE}.conv").in_channels)  # type: ignore[arg-type]  # a convolution's
 
 
 def widened_width(channels: int, classes: int, parameters: int) -> int:

@@ -259,7 +259,7 @@ def load_network(path: Path) -> tuple[nn.Module, Description]:
             description = Description.parse(text)
             _check_size(description, path)
             net = description.build()
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no whole safetensors file: {one_line(error)[:200]}.") from error
     except ValueError as error:

@@ -73,7 +73,7 @@ class SelectiveKernelUnit(nn.Module):
         """(B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         out = self.bn2(self.conv2(self.bn1(self.conv1(x))))
         out = self.bn3(self.conv3(out))
-        return out + self.downsample(x)  # type: ignore[no-any-return]
+        return out + self.downsample(x)  # type: ignore[no-any-return]  # modules have no types
 
 
 def sknet_small(num_classes: int = 10, *, in_chans: int = 3) -> nn.Sequential:
