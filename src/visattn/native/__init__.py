@@ -1,4 +1,4 @@
-"""Kernels in C for what torch computes slowly on a CPU: narrow groups of a convolution.
+"""Kernels in C for what torch computes slowly on a CPU.
 
 They are compiled when visattn is installed, where there is a C compiler; without them torch's own operations serve.
 """
@@ -7,23 +7,48 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import platform
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["library"]
+__all__ = ["available", "call"]
 
 FILE = Path(__file__).with_name("kernels.so")
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where there are none, or this machine cannot run them."""
-    if not FILE.exists():
-        return None
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512", "DEFAULT"):
+def _library() -> ctypes.CDLL | None:
+    if platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return None
     try:
         return ctypes.CDLL(str(FILE))
-    except OSError:  # of another system, or a torch without the threads that they use
+    except OSError:  # not compiled, for another system, or a torch without the threads that the kernels use
         return None
+
+
+def available() -> bool:
+    """Whether the kernels are compiled and this machine can run them."""
+    return _library() is not None
+
+
+def call(name: str, *arguments: Tensor | ctypes.Structure | int | bool | None) -> None:
+    """Call a kernel with pointers to tensors and structures, integers, and the number of threads in the end.
+
+    Raises:
+        MemoryError: The kernel had no memory for its buffers.
+    """
+    library = _library()
+    assert library is not None
+    given: list[Any] = []
+    for argument in (*arguments, torch.get_num_threads()):
+        if isinstance(argument, Tensor):
+            given.append(ctypes.c_void_p(argument.data_ptr()))
+        elif isinstance(argument, ctypes.Structure):
+            given.append(ctypes.byref(argument))
+        else:
+            given.append(None if argument is None else ctypes.c_ssize_t(argument))
+    if getattr(library, name)(*given) != 0:
+        raise MemoryError(f"visattn.native: no memory for the buffers of {name}")

@@ -17,6 +17,12 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float any_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+
 INLINE vec load(const float *from) { return *(const any_vec *)from; }
 INLINE void store(float *to, vec x) { *(any_vec *)to = x; }
 INLINE vec all(float x) { return (vec){x, x, x, x, x, x, x, x}; }

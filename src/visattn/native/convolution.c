@@ -1,0 +1,483 @@
+// Convolutions of narrow groups, forward and both gradients.
+//
+// The maps of a group are copied, some rows at a time, into a buffer with zeros beside each row, where a tap of the
+// kernel is an offset. Rows above and below a map are not stored: taps that lie there are left out. With a stride the
+// buffer holds every `split`-th row and column apart from the others, so that its rows are read one by one.
+#include "common.h"
+
+#define BUFFER 24576    // numbers of input in a buffer: a part of the cache that a core has for itself
+#define POSITIONS 1024  // that a sum of the gradient of a weight runs over before the next is begun
+#define LEAST_ROWS 4     // at one time, as each time needs some rows around them too
+#define WIDEST 12       // sums that a processor with 16 registers holds, with room for what they are made of
+
+typedef struct {
+  num batch, groups, in, out;  // channels of a group
+  num height, width, out_height, out_width;
+  num kernel, stride, padding, dilation;
+} sizes;
+
+// An element of the kernel, and which input it meets: of row split * q + row, for row q of the output; columns alike.
+typedef struct {
+  num weight;  // its index in the kernel
+  num row, column;
+  num at;  // offset in a channel of the buffer, from the output's row and column
+} tap;
+
+typedef struct {
+  num split;
+  uint64_t used_rows, used_columns;  // which of the parts a tap meets
+  num height, width;                 // of the input
+  num left, row, map, channel;       // zeros before a row; numbers of a row, a part, a channel
+  num first, rows;                   // rows of a part in the buffer: the first, from the output's, and how many
+} layout;
+
+INLINE num floor_div(num a, num b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+INLINE num part_of(num a, num b) { return a - b * floor_div(a, b); }
+
+// The buffer for `rows` rows of `columns` columns of the output.
+static layout lay_out(tap *taps, num count, num split, num height, num width, num rows, num columns) {
+  layout l = {.split = split, .height = height, .width = width};
+  num last = 0, right = 0;
+  for (num i = 0; i < count; i++) {
+    num row = floor_div(taps[i].row, split), column = floor_div(taps[i].column, split);
+    l.first = i ? least(l.first, row) : row, last = i ? most(last, row) : row;
+    l.left = most(l.left, -column), right = most(right, column);
+    l.used_rows |= UINT64_C(1) << part_of(taps[i].row, split);
+    l.used_columns |= UINT64_C(1) << part_of(taps[i].column, split);
+  }
+  l.rows = rows + last - l.first;
+  l.row = l.left + most(share(columns, LANES) * LANES + right, share(width, split));
+  l.map = l.rows * l.row;
+  l.channel = split * split * l.map;
+  for (num i = 0; i < count; i++) {
+    num row = floor_div(taps[i].row, split) - l.first, column = floor_div(taps[i].column, split) + l.left;
+    num part = part_of(taps[i].row, split) * split + part_of(taps[i].column, split);
+    taps[i].at = part * l.map + row * l.row + column;
+  }
+  return l;
+}
+
+// The rows of one map that an output's rows from `first` on meet.
+static void fill(float *buffer, const layout *l, const float *from, num first) {
+  num split = l->split;
+  first += l->first;
+  for (num a = 0; a < split; a++) {
+    if (!(l->used_rows >> a & 1)) continue;
+    for (num i = most(first, 0); i < first + l->rows && i * split + a < l->height; i++) {
+      const float *source = from + (i * split + a) * l->width;
+      float *to = buffer + a * split * l->map + (i - first) * l->row + l->left;
+      if (split == 1) {
+        memcpy(to, source, sizeof(float) * l->width);
+      } else if (split == 2 && l->used_columns == 3) {
+        float *odd = to + l->map;
+        num half = l->width / 2;
+        for (num j = 0; j < half; j++) to[j] = source[2 * j], odd[j] = source[2 * j + 1];
+        if (l->width % 2) to[half] = source[2 * half];
+      } else {
+        for (num b = 0; b < split; b++)
+          for (num j = 0; l->used_columns >> b & 1 && j * split + b < l->width; j++)
+            to[b * l->map + j] = source[j * split + b];
+      }
+    }
+  }
+}
+
+// Of taps in the order of their rows, those that meet a row of the map.
+INLINE void meeting(const tap *taps, num count, num row, num height, num *from, num *to) {
+  num first = 0, last = count;
+#define OUTSIDE(i) (row + taps[i].row < 0 || row + taps[i].row >= height)
+  while (first < last && OUTSIDE(first)) first++;
+  while (last > first && OUTSIDE(last - 1)) last--;
+#undef OUTSIDE
+  *from = first, *to = last;
+}
+
+// ---- Sums over input channels and taps. Vectors may run over the end of a row of `out`: what comes next is written later.
+
+typedef struct {
+  const float *x;
+  num channels, channel;  // of the input, and how far apart
+  const tap *taps;
+  num from, to, count;  // taps that count, and how many a channel of weights has
+  const float *weight;
+  float *out;
+  num map;  // how far apart channels of `out` are
+} sum;
+
+// O output channels at V vectors of a row.
+INLINE void rows_of(const int O, const int V, const sum *s) {
+  vec total[WIDEST];
+  const float *x = s->x, *weight = s->weight;
+  UNROLL for (int i = 0; i < O * V; i++) total[i] = all(0);
+  for (num c = 0; c < s->channels; c++, x += s->channel, weight += s->count * O)
+    for (num t = s->from; t < s->to; t++) {
+      const float *at = x + s->taps[t].at;
+      vec by[4];
+      UNROLL for (int o = 0; o < O; o++) by[o] = all(weight[t * O + o]);
+      UNROLL for (int v = 0; v < V; v++) {
+        vec here = load(at + v * LANES);
+        UNROLL for (int o = 0; o < O; o++) total[o * V + v] += by[o] * here;
+      }
+    }
+  UNROLL for (int o = 0; o < O; o++)
+    UNROLL for (int v = 0; v < V; v++) store(s->out + o * s->map + v * LANES, total[o * V + v]);
+}
+
+static void rows(num O, num V, const sum *s) {
+#define CASE(o, v) \
+  case o * 16 + v: rows_of(o, v, s); break;
+  switch (O * 16 + V) {
+    CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8)
+    CASE(1, 9) CASE(1, 10) CASE(1, 11) CASE(1, 12)
+    CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5) CASE(2, 6)
+    CASE(4, 1) CASE(4, 2) CASE(4, 3)
+  }
+#undef CASE
+}
+
+INLINE void transpose(vec *r) {
+  vec a[8], b[8];
+  UNROLL for (int i = 0; i < 8; i += 2) {
+    a[i] = SHUFFLE(r[i], r[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    a[i + 1] = SHUFFLE(r[i], r[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  UNROLL for (int i = 0; i < 8; i += 4)
+    UNROLL for (int j = i; j < i + 2; j++) {
+      b[j] = SHUFFLE(a[j], a[j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      b[j + 2] = SHUFFLE(a[j], a[j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  UNROLL for (int i = 0; i < 4; i++) {
+    r[i] = SHUFFLE(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    r[i + 4] = SHUFFLE(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+// 8 output channels at P positions of a row.
+INLINE void lanes_of(const int P, const sum *s) {
+  vec total[16];
+  const float *x = s->x, *weight = s->weight;
+  UNROLL for (int p = 0; p < 16; p++) total[p] = all(0);
+  for (num c = 0; c < s->channels; c++, x += s->channel, weight += s->count * LANES)
+    for (num t = s->from; t < s->to; t++) {
+      const float *at = x + s->taps[t].at;
+      vec by = load(weight + t * LANES);
+      UNROLL for (int p = 0; p < P; p++) total[p] += by * all(at[p]);
+    }
+  UNROLL for (int p = 0; p < P; p += 8) {
+    transpose(total + p);
+    UNROLL for (int o = 0; o < 8; o++) store(s->out + o * s->map + p, total[p + o]);
+  }
+}
+
+static void lanes(num P, const sum *s) {
+#define CASE(p) \
+  case p: lanes_of(p, s); break;
+  switch (P) {
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+  }
+#undef CASE
+}
+
+static void one_row(num block, num columns, sum s) {
+  const float *x = s.x;
+  float *out = s.out;
+  num unit = block == LANES ? 1 : LANES, units = share(columns, unit);
+  num tiles = share(units, block == LANES ? WIDEST : WIDEST / block);
+  for (num i = 0; i < tiles; i++) {
+    num from = units * i / tiles, to = units * (i + 1) / tiles;
+    s.x = x + from * unit, s.out = out + from * unit;
+    if (block == LANES)
+      lanes(to - from, &s);
+    else
+      rows(block, to - from, &s);
+  }
+}
+
+// ---- Forward, and the gradient of the input: with a stride each `step`-th row and column of it has its own taps.
+
+typedef struct {
+  num start, count;  // its taps
+  num row, column, rows, columns;
+} phase;
+
+typedef struct {
+  num batch, groups, in, out;
+  num height, width, out_height, out_width;
+  bool transposed;  // weights are (in, out) of a group, not (out, in)
+  num count, step, block, bands, band;
+  const tap *taps;
+  const phase *phases;
+  layout l;
+  const float *x, *weight, *shift;
+  bool relu;
+  float *y, *packed;
+  loop packing, steps;
+} convolution;
+
+static void pack(void *data) {
+  convolution *w = data;
+  num blocks = w->out / w->block;
+  for (num i; (i = take(&w->packing)) < w->packing.count;) {
+    num group = i / blocks, first = i % blocks * w->block;
+    for (num c = 0; c < w->in; c++)
+      for (num o = 0; o < w->block; o++) {
+        num pair = w->transposed ? (group * w->in + c) * w->out + first + o : (group * w->out + first + o) * w->in + c;
+        const float *from = w->weight + pair * w->count;
+        float *to = w->packed + (i * w->in + c) * w->count * w->block + o;
+        for (num t = 0; t < w->count; t++) to[t * w->block] = from[w->taps[t].weight];
+      }
+  }
+}
+
+// Some rows of a block of channels, from memory where vectors ran over their ends.
+static void finish(const convolution *w, const phase *p, const float *from, num map, float *to, num first, num rows,
+                   const float *shift) {
+  for (num o = 0; o < w->block; o++, from += map, to += w->out_height * w->out_width) {
+    float add = shift ? shift[o] : 0;
+    if (w->step > 1) {
+      for (num i = 0; i < rows; i++)
+        for (num j = 0; j < p->columns; j++)
+          to[(p->row + (first + i) * w->step) * w->out_width + p->column + j * w->step] = from[i * p->columns + j];
+      continue;
+    }
+    float *here = to + first * w->out_width;
+    for (num i = 0; i < rows * w->out_width; i++) {
+      float y = from[i] + add;
+      here[i] = w->relu && y < 0 ? 0 : y;  // NaN stays
+    }
+  }
+}
+
+static void convolve_steps(void *data) {
+  convolution *w = data;
+  num blocks = w->out / w->block, map = w->band * share(w->out_width, w->step) + 2 * LANES;
+  float *buffer = numbers(w->in * w->l.channel + 2 * LANES), *out = numbers(w->block * map);
+  if (buffer == NULL || out == NULL) {
+    w->steps.failed = true;
+  } else {
+    memset(buffer, 0, sizeof(float) * (w->in * w->l.channel + 2 * LANES));
+    for (num i; (i = take(&w->steps)) < w->steps.count;) {
+      num first = i % w->bands * w->band, group = i / w->bands % w->groups, sample = i / w->bands / w->groups;
+      for (num c = 0; c < w->in; c++) {
+        num channel = (sample * w->groups + group) * w->in + c;
+        fill(buffer + c * w->l.channel, &w->l, w->x + channel * w->height * w->width, first);
+      }
+      for (const phase *p = w->phases; p < w->phases + w->step * w->step; p++) {
+        num some = least(w->band, p->rows - first);
+        for (num b = 0; some > 0 && p->columns > 0 && b < blocks; b++) {
+          num channel = group * w->out + b * w->block;
+          const float *weight = w->packed + channel * w->in * w->count + p->start * w->block;
+          sum s = {.channels = w->in, .channel = w->l.channel, .taps = w->taps + p->start, .count = w->count,
+                   .weight = weight, .map = map};
+          for (num q = 0; q < some; q++) {
+            meeting(s.taps, p->count, (first + q) * w->l.split, w->height, &s.from, &s.to);
+            s.x = buffer + q * w->l.row, s.out = out + q * p->columns;
+            one_row(w->block, p->columns, s);
+          }
+          float *to = w->y + (sample * w->groups * w->out + channel) * w->out_height * w->out_width;
+          finish(w, p, out, map, to, first, some, w->shift ? w->shift + channel : NULL);
+        }
+      }
+    }
+  }
+  free(buffer);
+  free(out);
+}
+
+static int run(convolution *w, tap *taps, num split, num threads) {
+  num rows = share(w->out_height, w->step), columns = share(w->out_width, w->step);
+  layout whole = lay_out(taps, w->count, split, w->height, w->width, rows, columns);
+  // Fewer rows at a time where they would not fit into the cache, or would be too few pieces for all threads.
+  num fitting = BUFFER / (w->in * split * split * whole.row) - (whole.rows - rows);
+  num shared = share(rows, share(4 * threads, w->batch * w->groups));
+  w->band = least(rows, most(LEAST_ROWS, least(fitting, shared)));
+  w->bands = share(rows, w->band);
+  w->l = lay_out(taps, w->count, split, w->height, w->width, w->band, columns);
+  w->taps = taps;
+  w->block = w->out % LANES == 0 ? LANES : w->out % 4 == 0 ? 4 : w->out % 2 == 0 ? 2 : 1;
+  w->packing.count = w->groups * w->out / w->block;
+  w->steps.count = w->batch * w->groups * w->bands;
+  w->packed = numbers(w->groups * w->in * w->out * w->count);
+  if (w->packed == NULL) return 1;
+  GOMP_parallel(pack, w, threads, 0);
+  GOMP_parallel(convolve_steps, w, threads, 0);
+  free(w->packed);
+  return w->steps.failed;
+}
+
+PUBLIC int convolve(const float *x, const float *weight, const float *shift, float *y, const sizes *s, int relu,
+                    num threads) {
+  num k = s->kernel, count = k * k;
+  tap *taps = malloc(sizeof(tap) * count);
+  if (taps == NULL) return 1;
+  for (num t = 0; t < count; t++)
+    taps[t] = (tap){.weight = t, .row = t / k * s->dilation - s->padding, .column = t % k * s->dilation - s->padding};
+  phase all_of_it = {.count = count, .rows = s->out_height, .columns = s->out_width};
+  convolution w = {.batch = s->batch, .groups = s->groups, .in = s->in, .out = s->out,
+                   .height = s->height, .width = s->width, .out_height = s->out_height, .out_width = s->out_width,
+                   .count = count, .step = 1, .phases = &all_of_it,
+                   .x = x, .weight = weight, .shift = shift, .relu = relu, .y = y};
+  int failed = run(&w, taps, s->stride, threads);
+  free(taps);
+  return failed;
+}
+
+PUBLIC int convolve_input_gradient(const float *gradient, const float *weight, float *d_x, const sizes *s, num threads) {
+  num k = s->kernel, count = k * k, step = s->stride;
+  tap *taps = malloc(sizeof(tap) * count);
+  phase *phases = calloc(step * step, sizeof(phase));
+  int failed = 1;
+  if (taps == NULL || phases == NULL) goto end;
+  tap *next = taps;
+  for (num f = 0; f < step * step; f++) {
+    num row = f / step, column = f % step;
+    phases[f] = (phase){.start = next - taps, .row = row, .column = column,
+                        .rows = floor_div(s->height - 1 - row, step) + 1,
+                        .columns = floor_div(s->width - 1 - column, step) + 1};
+    for (num t = 0; t < count; t++) {  // which met this phase: step * output + t * dilation - padding = its row
+      num up = row + s->padding - t / k * s->dilation, aside = column + s->padding - t % k * s->dilation;
+      if (part_of(up, step) == 0 && part_of(aside, step) == 0)
+        *next++ = (tap){.weight = t, .row = floor_div(up, step), .column = floor_div(aside, step)};
+    }
+    phases[f].count = next - taps - phases[f].start;
+  }
+  convolution w = {.batch = s->batch, .groups = s->groups, .in = s->out, .out = s->in,
+                   .height = s->out_height, .width = s->out_width, .out_height = s->height, .out_width = s->width,
+                   .transposed = true, .count = count, .step = step, .phases = phases,
+                   .x = gradient, .weight = weight, .y = d_x};
+  failed = run(&w, taps, 1, threads);
+end:
+  free(taps);
+  free(phases);
+  return failed;
+}
+
+// ---- The gradient of the weight: sums over positions, O output channels and T taps of a row of the kernel at a time.
+
+typedef struct {
+  sizes s;
+  const float *x, *gradient;
+  float *d_weight;
+  const tap *taps;
+  layout l;
+  num samples, band, row;  // in the buffers at one time; and the length of a row of gradients there
+  num parts;               // of the input channels, one for a thread
+  loop steps;
+} gradients;
+
+INLINE float added(vec x) {
+  float total = 0;
+  vec y = x + SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+  y += SHUFFLE(y, y, 2, 3, 0, 1, 6, 7, 4, 5);
+  total = y[0] + y[1];
+  return total;
+}
+
+INLINE void products_of(const int O, const int T, const gradients *w, const float *g, num g_map, num g_sample,
+                        const float *x, const tap *taps, num samples, num from, num to, float *out, num out_channel) {
+  vec total[WIDEST];
+  UNROLL for (int i = 0; i < O * T; i++) total[i] = all(0);
+  for (num b = 0; b < samples; b++)
+    for (num q = from; q < to; q++) {
+      const float *here = x + b * w->l.channel + q * w->l.row, *gs = g + b * g_sample + q * w->row;
+      for (num v = 0; v < w->row; v += LANES) {
+        vec xs[WIDEST];
+        UNROLL for (int t = 0; t < T; t++) xs[t] = load(here + taps[t].at + v);
+        UNROLL for (int o = 0; o < O; o++) {
+          vec by = load(gs + o * g_map + v);
+          UNROLL for (int t = 0; t < T; t++) total[o * T + t] += by * xs[t];
+        }
+      }
+    }
+  UNROLL for (int o = 0; o < O; o++)
+    UNROLL for (int t = 0; t < T; t++) out[o * out_channel + taps[t].weight] += added(total[o * T + t]);
+}
+
+static void products(num O, num T, const gradients *w, const float *g, num g_map, num g_sample, const float *x,
+                     const tap *taps, num samples, num from, num to, float *out, num out_channel) {
+#define CASE(o, t) \
+  case o * 16 + t: products_of(o, t, w, g, g_map, g_sample, x, taps, samples, from, to, out, out_channel); break;
+  switch (O * 16 + T) {
+    CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8) CASE(1, 9)
+    CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5)
+    CASE(4, 1) CASE(4, 2) CASE(4, 3)
+  }
+#undef CASE
+}
+
+static void gradient_steps(void *data) {
+  gradients *w = data;
+  const sizes *s = &w->s;
+  num k = s->kernel, count = k * k;
+  num g_sample = w->band * w->row, g_map = w->samples * g_sample;
+  num most_channels = share(s->in, w->parts);
+  num x_size = most_channels * w->samples * w->l.channel + 2 * LANES;
+  float *xs = numbers(x_size), *gs = numbers(s->out * g_map);
+  if (xs == NULL || gs == NULL) {
+    w->steps.failed = true;
+  } else {
+    memset(xs, 0, sizeof(float) * x_size);
+    memset(gs, 0, sizeof(float) * s->out * g_map);
+    for (num i; (i = take(&w->steps)) < w->steps.count;) {
+      num group = i / w->parts, c0 = s->in * (i % w->parts) / w->parts, c1 = s->in * (i % w->parts + 1) / w->parts;
+      float *d_weight = w->d_weight + group * s->out * s->in * count;
+      for (num o = 0; o < s->out; o++) memset(d_weight + (o * s->in + c0) * count, 0, sizeof(float) * (c1 - c0) * count);
+      for (num b = 0; b < s->batch; b += w->samples) {
+        num samples = least(w->samples, s->batch - b);
+        for (num first = 0; first < s->out_height; first += w->band) {
+          num some = least(w->band, s->out_height - first);
+          for (num n = 0; n < samples; n++) {
+            num sample = b + n;
+            for (num o = 0; o < s->out; o++)
+              for (num q = 0; q < some; q++) {
+                num from = (((sample * s->groups + group) * s->out + o) * s->out_height + first + q) * s->out_width;
+                memcpy(gs + o * g_map + n * g_sample + q * w->row, w->gradient + from, sizeof(float) * s->out_width);
+              }
+            for (num c = c0; c < c1; c++) {
+              num map = (sample * s->groups + group) * s->in + c;
+              fill(xs + ((c - c0) * w->samples + n) * w->l.channel, &w->l, w->x + map * s->height * s->width, first);
+            }
+          }
+          for (num o = 0, block; o < s->out; o += block) {
+            num left = s->out - o;
+            block = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+            num widest = block == 4 ? 3 : block == 2 ? 5 : 9, tiles = share(k, widest);
+            for (num c = c0; c < c1; c++)
+              for (num r = 0; r < k; r++) {
+                num from = 0, to = some, up = w->taps[r * k].row;
+                while (from < to && (first + from) * s->stride + up < 0) from++;
+                while (to > from && (first + to - 1) * s->stride + up >= s->height) to--;
+                for (num t = 0; t < tiles; t++) {
+                  num t0 = k * t / tiles, t1 = k * (t + 1) / tiles;
+                  products(block, t1 - t0, w, gs + o * g_map, g_map, g_sample,
+                           xs + (c - c0) * w->samples * w->l.channel, w->taps + r * k + t0, samples, from, to,
+                           d_weight + (o * s->in + c) * count, s->in * count);
+                }
+              }
+          }
+        }
+      }
+    }
+  }
+  free(xs);
+  free(gs);
+}
+
+PUBLIC int convolve_weight_gradient(const float *x, const float *gradient, float *d_weight, const sizes *s, num threads) {
+  num k = s->kernel, count = k * k;
+  tap *taps = malloc(sizeof(tap) * count);
+  if (taps == NULL) return 1;
+  for (num t = 0; t < count; t++)
+    taps[t] = (tap){.weight = t, .row = t / k * s->dilation - s->padding, .column = t % k * s->dilation - s->padding};
+  gradients w = {.s = *s, .x = x, .gradient = gradient, .d_weight = d_weight, .taps = taps};
+  w.row = share(s->out_width, LANES) * LANES;
+  num map = s->out_height * w.row;
+  w.samples = most(1, least(s->batch, POSITIONS / map));
+  w.band = most(1, least(s->out_height, 4 * POSITIONS / w.row));
+  w.parts = least(s->in, share(4 * threads, s->groups));
+  w.steps.count = s->groups * w.parts;
+  w.l = lay_out(taps, count, s->stride, s->height, s->width, w.band, s->out_width);
+  GOMP_parallel(gradient_steps, &w, threads, 0);
+  free(taps);
+  return w.steps.failed;
+}

@@ -1,0 +1,86 @@
+"""Grouped convolutions by the kernels of `convolution.c`."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from visattn.native import call
+
+__all__ = ["Geometry", "convolve", "input_gradient", "weight_gradient"]
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_ssize_t)
+        for name in (
+            "batch",
+            "groups",
+            "in_channels",
+            "out_channels",
+            "height",
+            "width",
+            "out_height",
+            "out_width",
+            "kernel",
+            "stride",
+            "padding",
+            "dilation",
+        )
+    ]
+
+
+class Geometry(NamedTuple):
+    """What the kernels support: square kernels, one stride, padding and dilation for both directions."""
+
+    stride: int
+    padding: int
+    dilation: int
+    groups: int
+
+    def sizes(self, shape: torch.Size, weight: Tensor) -> tuple[ctypes.Structure, tuple[int, int, int, int]]:
+        """The sizes as C has them, and the shape of the output, for an input of that shape."""
+        batch, _, height, width = shape
+        outputs, in_channels, kernel = weight.shape[:3]
+        reach = self.dilation * (kernel - 1) + 1
+        out = [(side + 2 * self.padding - reach) // self.stride + 1 for side in (height, width)]
+        sizes = _Sizes(
+            batch,
+            self.groups,
+            in_channels,
+            outputs // self.groups,
+            height,
+            width,
+            *out,
+            kernel,
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+        return sizes, (batch, outputs, out[0], out[1])
+
+
+def convolve(x: Tensor, weight: Tensor, shift: Tensor | None, geometry: Geometry, *, relu: bool = False) -> Tensor:
+    """`conv2d(x, weight, shift)`, and a ReLU if wanted; float32 tensors of a CPU."""
+    sizes, shape = geometry.sizes(x.shape, weight)
+    out = x.new_empty(shape)
+    call("convolve", x.contiguous(), weight.contiguous(), shift, out, sizes, relu)
+    return out
+
+
+def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    """The gradient of an input of that shape."""
+    out = gradient.new_empty(shape)
+    call("convolve_input_gradient", gradient.contiguous(), weight.contiguous(), out, geometry.sizes(shape, weight)[0])
+    return out
+
+
+def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The gradient of a weight like `weight`."""
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    sizes = geometry.sizes(x.shape, weight)[0]
+    call("convolve_weight_gradient", x.contiguous(), gradient.contiguous(), out, sizes)
+    return out
