@@ -8,14 +8,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).parent / "src" / "visattn" / "native"
 TARGET = SOURCE / "kernels.so"
 # Contractions (a * b + c in one step) are what these kernels are for; no other liberty with arithmetic is taken.
-FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
+FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 MACHINES = {"x86_64": ["-march=x86-64-v3"], "aarch64": []}
 
@@ -27,12 +27,20 @@ def build() -> bool:
     TARGET.unlink(missing_ok=True)
     if sys.platform != "linux" or machine not in MACHINES or shutil.which(compiler[0]) is None:
         return False
-    new = TARGET.with_suffix(".new")
-    files = sorted(str(file) for file in SOURCE.glob("*.c"))
-    done = subprocess.run([*compiler, *FLAGS, *MACHINES[machine], *files, "-o", str(new), "-lm"], check=False)
-    if done.returncode != 0:
-        return False
-    new.replace(TARGET)
+    with tempfile.TemporaryDirectory() as folder:
+        objects = []
+        for source in sorted(SOURCE.glob("*.c")):
+            for real in ("float", "double"):
+                objects.append(f"{folder}/{source.stem}-{real}.o")
+                defined = ["-DDOUBLE"] if real == "double" else []
+                command = [*compiler, *FLAGS, *MACHINES[machine], *defined, "-c", str(source), "-o", objects[-1]]
+                if subprocess.run(command, check=False).returncode != 0:
+                    return False
+        # Threads are called by the names that torch's own library has, which is found when ours is loaded.
+        linked = f"{folder}/{TARGET.name}"
+        if subprocess.run([*compiler, "-shared", *objects, "-o", linked, "-lm"], check=False).returncode != 0:
+            return False
+        shutil.move(linked, TARGET)
     return True
 
 

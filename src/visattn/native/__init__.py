@@ -37,6 +37,10 @@ def available() -> bool:
 def call(name: str, *arguments: Tensor | ctypes.Structure | int | bool | None) -> None:
     """Call a kernel with pointers to tensors and structures, integers, and the number of threads in the end.
 
+    Args:
+        name: Of the kernel, without the type of the numbers, which is that of the first tensor.
+        *arguments: Contiguous tensors of a CPU, all of one type.
+
     Raises:
         MemoryError: The kernel had no memory for its buffers.
     """
@@ -50,5 +54,6 @@ def call(name: str, *arguments: Tensor | ctypes.Structure | int | bool | None) -
             given.append(ctypes.byref(argument))
         else:
             given.append(None if argument is None else ctypes.c_ssize_t(argument))
-    if getattr(library, name)(*given) != 0:
+    kind = next(argument.dtype for argument in arguments if isinstance(argument, Tensor))
+    if getattr(library, f"{name}_{str(kind).removeprefix('torch.')}")(*given) != 0:
         raise MemoryError(f"visattn.native: no memory for the buffers of {name}")

@@ -12,10 +12,21 @@
 #define PUBLIC __attribute__((visibility("default")))
 #define UNROLL _Pragma("GCC unroll 16")
 
+// Each file is compiled once for either type: float is what is fast, double what is proven to 10 digits and more.
+#ifdef DOUBLE
+typedef double real;
+typedef int64_t lane;
+#define NAME(x) x##_float64
+#else
+typedef float real;
+typedef int32_t lane;
+#define NAME(x) x##_float32
+#endif
+
 typedef ptrdiff_t num;
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef float any_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef real vec __attribute__((vector_size(sizeof(real) * LANES)));
+typedef lane ivec __attribute__((vector_size(sizeof(real) * LANES)));
+typedef real any_vec __attribute__((vector_size(sizeof(real) * LANES), aligned(sizeof(real)), may_alias));
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -23,15 +34,15 @@ typedef float any_vec __attribute__((vector_size(4 * LANES), aligned(4), may_ali
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
 
-INLINE vec load(const float *from) { return *(const any_vec *)from; }
-INLINE void store(float *to, vec x) { *(any_vec *)to = x; }
-INLINE vec all(float x) { return (vec){x, x, x, x, x, x, x, x}; }
+INLINE vec load(const real *from) { return *(const any_vec *)from; }
+INLINE void store(real *to, vec x) { *(any_vec *)to = x; }
+INLINE vec all(real x) { return (vec){x, x, x, x, x, x, x, x}; }
 INLINE num least(num a, num b) { return a < b ? a : b; }
 INLINE num most(num a, num b) { return a > b ? a : b; }
 INLINE num share(num whole, num parts) { return (whole + parts - 1) / parts; }
 
 // Memory for so many numbers, aligned; NULL where there is none.
-INLINE float *numbers(num count) { return aligned_alloc(64, (size_t)share(4 * count + 64, 64) * 64); }
+INLINE real *numbers(num count) { return aligned_alloc(64, (size_t)share(sizeof(real) * count + 64, 64) * 64); }
 
 // OpenMP's runtime is the one that torch brings: its threads are warm, and torch.set_num_threads rules them. It is
 // called by name, so that any compiler will do and none links a second runtime.

@@ -25,10 +25,10 @@ typedef struct {
 
 typedef struct {
   num split;
-  uint64_t used_rows, used_columns;  // which of the parts a tap meets
-  num height, width;                 // of the input
-  num left, row, map, channel;       // zeros before a row; numbers of a row, a part, a channel
-  num first, rows;                   // rows of a part in the buffer: the first, from the output's, and how many
+  uint64_t used_rows;           // which of the parts a tap meets
+  num height, width;            // of the input
+  num left, row, map, channel;  // zeros before a row; numbers of a row, a part, a channel
+  num first, rows;              // rows of a part in the buffer: the first, from the output's, and how many
 } layout;
 
 INLINE num floor_div(num a, num b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
@@ -43,7 +43,6 @@ static layout lay_out(tap *taps, num count, num split, num height, num width, nu
     l.first = i ? least(l.first, row) : row, last = i ? most(last, row) : row;
     l.left = most(l.left, -column), right = most(right, column);
     l.used_rows |= UINT64_C(1) << part_of(taps[i].row, split);
-    l.used_columns |= UINT64_C(1) << part_of(taps[i].column, split);
   }
   l.rows = rows + last - l.first;
   l.row = l.left + most(share(columns, LANES) * LANES + right, share(width, split));
@@ -57,27 +56,33 @@ static layout lay_out(tap *taps, num count, num split, num height, num width, nu
   return l;
 }
 
+// A short row, for which a call of memcpy would take longer than the copy.
+INLINE void copy(real *to, const real *from, num count) {
+  num i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+  for (; i < count; i++) to[i] = from[i];
+}
+
+INLINE void split_in_two(real *even, real *odd, const real *from, num count) {
+  for (num j = 0; j < count / 2; j++) even[j] = from[2 * j], odd[j] = from[2 * j + 1];
+  if (count % 2) even[count / 2] = from[count - 1];
+}
+
 // The rows of one map that an output's rows from `first` on meet.
-static void fill(float *buffer, const layout *l, const float *from, num first) {
+static void fill(real *buffer, const layout *l, const real *from, num first) {
   num split = l->split;
   first += l->first;
   for (num a = 0; a < split; a++) {
     if (!(l->used_rows >> a & 1)) continue;
     for (num i = most(first, 0); i < first + l->rows && i * split + a < l->height; i++) {
-      const float *source = from + (i * split + a) * l->width;
-      float *to = buffer + a * split * l->map + (i - first) * l->row + l->left;
-      if (split == 1) {
-        memcpy(to, source, sizeof(float) * l->width);
-      } else if (split == 2 && l->used_columns == 3) {
-        float *odd = to + l->map;
-        num half = l->width / 2;
-        for (num j = 0; j < half; j++) to[j] = source[2 * j], odd[j] = source[2 * j + 1];
-        if (l->width % 2) to[half] = source[2 * half];
-      } else {
-        for (num b = 0; b < split; b++)
-          for (num j = 0; l->used_columns >> b & 1 && j * split + b < l->width; j++)
-            to[b * l->map + j] = source[j * split + b];
-      }
+      const real *source = from + (i * split + a) * l->width;
+      real *to = buffer + a * split * l->map + (i - first) * l->row + l->left;
+      if (split == 1)
+        copy(to, source, l->width);
+      else if (split == 2)
+        split_in_two(to, to + l->map, source, l->width);
+      else
+        for (num j = 0; j < l->width; j++) to[j % split * l->map + j / split] = source[j];
     }
   }
 }
@@ -95,23 +100,23 @@ INLINE void meeting(const tap *taps, num count, num row, num height, num *from, 
 // ---- Sums over input channels and taps. Vectors may run over the end of a row of `out`: what comes next is written later.
 
 typedef struct {
-  const float *x;
+  const real *x;
   num channels, channel;  // of the input, and how far apart
   const tap *taps;
   num from, to, count;  // taps that count, and how many a channel of weights has
-  const float *weight;
-  float *out;
+  const real *weight;
+  real *out;
   num map;  // how far apart channels of `out` are
 } sum;
 
 // O output channels at V vectors of a row.
 INLINE void rows_of(const int O, const int V, const sum *s) {
   vec total[WIDEST];
-  const float *x = s->x, *weight = s->weight;
+  const real *x = s->x, *weight = s->weight;
   UNROLL for (int i = 0; i < O * V; i++) total[i] = all(0);
   for (num c = 0; c < s->channels; c++, x += s->channel, weight += s->count * O)
     for (num t = s->from; t < s->to; t++) {
-      const float *at = x + s->taps[t].at;
+      const real *at = x + s->taps[t].at;
       vec by[4];
       UNROLL for (int o = 0; o < O; o++) by[o] = all(weight[t * O + o]);
       UNROLL for (int v = 0; v < V; v++) {
@@ -155,11 +160,11 @@ INLINE void transpose(vec *r) {
 // 8 output channels at P positions of a row.
 INLINE void lanes_of(const int P, const sum *s) {
   vec total[16];
-  const float *x = s->x, *weight = s->weight;
+  const real *x = s->x, *weight = s->weight;
   UNROLL for (int p = 0; p < 16; p++) total[p] = all(0);
   for (num c = 0; c < s->channels; c++, x += s->channel, weight += s->count * LANES)
     for (num t = s->from; t < s->to; t++) {
-      const float *at = x + s->taps[t].at;
+      const real *at = x + s->taps[t].at;
       vec by = load(weight + t * LANES);
       UNROLL for (int p = 0; p < P; p++) total[p] += by * all(at[p]);
     }
@@ -179,8 +184,8 @@ static void lanes(num P, const sum *s) {
 }
 
 static void one_row(num block, num columns, sum s) {
-  const float *x = s.x;
-  float *out = s.out;
+  const real *x = s.x;
+  real *out = s.out;
   num unit = block == LANES ? 1 : LANES, units = share(columns, unit);
   num tiles = share(units, block == LANES ? WIDEST : WIDEST / block);
   for (num i = 0; i < tiles; i++) {
@@ -208,9 +213,9 @@ typedef struct {
   const tap *taps;
   const phase *phases;
   layout l;
-  const float *x, *weight, *shift;
+  const real *x, *weight, *shift;
   bool relu;
-  float *y, *packed;
+  real *y, *packed;
   loop packing, steps;
 } convolution;
 
@@ -222,28 +227,40 @@ static void pack(void *data) {
     for (num c = 0; c < w->in; c++)
       for (num o = 0; o < w->block; o++) {
         num pair = w->transposed ? (group * w->in + c) * w->out + first + o : (group * w->out + first + o) * w->in + c;
-        const float *from = w->weight + pair * w->count;
-        float *to = w->packed + (i * w->in + c) * w->count * w->block + o;
+        const real *from = w->weight + pair * w->count;
+        real *to = w->packed + (i * w->in + c) * w->count * w->block + o;
         for (num t = 0; t < w->count; t++) to[t * w->block] = from[w->taps[t].weight];
       }
   }
 }
 
-// Some rows of a block of channels, from memory where vectors ran over their ends.
-static void finish(const convolution *w, const phase *p, const float *from, num map, float *to, num first, num rows,
-                   const float *shift) {
-  for (num o = 0; o < w->block; o++, from += map, to += w->out_height * w->out_width) {
-    float add = shift ? shift[o] : 0;
-    if (w->step > 1) {
-      for (num i = 0; i < rows; i++)
-        for (num j = 0; j < p->columns; j++)
-          to[(p->row + (first + i) * w->step) * w->out_width + p->column + j * w->step] = from[i * p->columns + j];
+// Some rows of a block of channels, from where vectors ran over their ends, into their place.
+static void finish(const convolution *w, const phase *p, const real *from, num map, real *to, num first, num rows,
+                   const real *shift) {
+  num width = w->out_width, step = w->step;
+  for (num o = 0; o < w->block; o++, from += map, to += w->out_height * width) {
+    real add = shift ? shift[o] : 0;
+    if (step == 1) {
+      real *here = to + first * width;
+      if (w->relu)
+        for (num i = 0; i < rows * width; i++) {
+          real y = from[i] + add;
+          here[i] = y < 0 ? 0 : y;  // NaN stays
+        }
+      else
+        for (num i = 0; i < rows * width; i++) here[i] = from[i] + add;
       continue;
     }
-    float *here = to + first * w->out_width;
-    for (num i = 0; i < rows * w->out_width; i++) {
-      float y = from[i] + add;
-      here[i] = w->relu && y < 0 ? 0 : y;  // NaN stays
+    for (num i = 0; i < rows; i++) {
+      real *here = to + (p->row + (first + i) * step) * width;
+      const real *even = from + i * p[0].columns, *odd = from + w->block * map + i * p[1].columns;
+      if (step == 2) {
+        for (num j = 0; j < width / 2; j++) here[2 * j] = even[j], here[2 * j + 1] = odd[j];
+        if (width % 2) here[width - 1] = even[width / 2];
+      } else {
+        for (num j = 0; j < width; j++)
+          here[j] = from[j % step * w->block * map + i * p[j % step].columns + j / step];
+      }
     }
   }
 }
@@ -251,30 +268,34 @@ static void finish(const convolution *w, const phase *p, const float *from, num 
 static void convolve_steps(void *data) {
   convolution *w = data;
   num blocks = w->out / w->block, map = w->band * share(w->out_width, w->step) + 2 * LANES;
-  float *buffer = numbers(w->in * w->l.channel + 2 * LANES), *out = numbers(w->block * map);
+  real *buffer = numbers(w->in * w->l.channel + 2 * LANES), *out = numbers(w->step * w->block * map);
   if (buffer == NULL || out == NULL) {
     w->steps.failed = true;
   } else {
-    memset(buffer, 0, sizeof(float) * (w->in * w->l.channel + 2 * LANES));
+    memset(buffer, 0, sizeof(real) * (w->in * w->l.channel + 2 * LANES));
     for (num i; (i = take(&w->steps)) < w->steps.count;) {
       num first = i % w->bands * w->band, group = i / w->bands % w->groups, sample = i / w->bands / w->groups;
       for (num c = 0; c < w->in; c++) {
         num channel = (sample * w->groups + group) * w->in + c;
         fill(buffer + c * w->l.channel, &w->l, w->x + channel * w->height * w->width, first);
       }
-      for (const phase *p = w->phases; p < w->phases + w->step * w->step; p++) {
+      for (num a = 0; a < w->step; a++) {
+        const phase *p = w->phases + a * w->step;
         num some = least(w->band, p->rows - first);
-        for (num b = 0; some > 0 && p->columns > 0 && b < blocks; b++) {
+        if (some <= 0) continue;
+        for (num b = 0; b < blocks; b++) {
           num channel = group * w->out + b * w->block;
-          const float *weight = w->packed + channel * w->in * w->count + p->start * w->block;
-          sum s = {.channels = w->in, .channel = w->l.channel, .taps = w->taps + p->start, .count = w->count,
-                   .weight = weight, .map = map};
-          for (num q = 0; q < some; q++) {
-            meeting(s.taps, p->count, (first + q) * w->l.split, w->height, &s.from, &s.to);
-            s.x = buffer + q * w->l.row, s.out = out + q * p->columns;
-            one_row(w->block, p->columns, s);
+          for (num f = 0; f < w->step; f++) {
+            sum s = {.channels = w->in, .channel = w->l.channel, .map = map, .count = w->count,
+                     .taps = w->taps + p[f].start,
+                     .weight = w->packed + channel * w->in * w->count + p[f].start * w->block};
+            for (num q = 0; q < some; q++) {
+              meeting(s.taps, p[f].count, (first + q) * w->l.split, w->height, &s.from, &s.to);
+              s.x = buffer + q * w->l.row, s.out = out + f * w->block * map + q * p[f].columns;
+              one_row(w->block, p[f].columns, s);
+            }
           }
-          float *to = w->y + (sample * w->groups * w->out + channel) * w->out_height * w->out_width;
+          real *to = w->y + (sample * w->groups * w->out + channel) * w->out_height * w->out_width;
           finish(w, p, out, map, to, first, some, w->shift ? w->shift + channel : NULL);
         }
       }
@@ -305,7 +326,7 @@ static int run(convolution *w, tap *taps, num split, num threads) {
   return w->steps.failed;
 }
 
-PUBLIC int convolve(const float *x, const float *weight, const float *shift, float *y, const sizes *s, int relu,
+PUBLIC int NAME(convolve)(const real *x, const real *weight, const real *shift, real *y, const sizes *s, int relu,
                     num threads) {
   num k = s->kernel, count = k * k;
   tap *taps = malloc(sizeof(tap) * count);
@@ -322,7 +343,7 @@ PUBLIC int convolve(const float *x, const float *weight, const float *shift, flo
   return failed;
 }
 
-PUBLIC int convolve_input_gradient(const float *gradient, const float *weight, float *d_x, const sizes *s, num threads) {
+PUBLIC int NAME(convolve_input_gradient)(const real *gradient, const real *weight, real *d_x, const sizes *s, num threads) {
   num k = s->kernel, count = k * k, step = s->stride;
   tap *taps = malloc(sizeof(tap) * count);
   phase *phases = calloc(step * step, sizeof(phase));
@@ -356,8 +377,8 @@ end:
 
 typedef struct {
   sizes s;
-  const float *x, *gradient;
-  float *d_weight;
+  const real *x, *gradient;
+  real *d_weight;
   const tap *taps;
   layout l;
   num samples, band, row;  // in the buffers at one time; and the length of a row of gradients there
@@ -365,21 +386,21 @@ typedef struct {
   loop steps;
 } gradients;
 
-INLINE float added(vec x) {
-  float total = 0;
+INLINE real added(vec x) {
+  real total = 0;
   vec y = x + SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
   y += SHUFFLE(y, y, 2, 3, 0, 1, 6, 7, 4, 5);
   total = y[0] + y[1];
   return total;
 }
 
-INLINE void products_of(const int O, const int T, const gradients *w, const float *g, num g_map, num g_sample,
-                        const float *x, const tap *taps, num samples, num from, num to, float *out, num out_channel) {
+INLINE void products_of(const int O, const int T, const gradients *w, const real *g, num g_map, num g_sample,
+                        const real *x, const tap *taps, num samples, num from, num to, real *out, num out_channel) {
   vec total[WIDEST];
   UNROLL for (int i = 0; i < O * T; i++) total[i] = all(0);
   for (num b = 0; b < samples; b++)
     for (num q = from; q < to; q++) {
-      const float *here = x + b * w->l.channel + q * w->l.row, *gs = g + b * g_sample + q * w->row;
+      const real *here = x + b * w->l.channel + q * w->l.row, *gs = g + b * g_sample + q * w->row;
       for (num v = 0; v < w->row; v += LANES) {
         vec xs[WIDEST];
         UNROLL for (int t = 0; t < T; t++) xs[t] = load(here + taps[t].at + v);
@@ -393,8 +414,8 @@ INLINE void products_of(const int O, const int T, const gradients *w, const floa
     UNROLL for (int t = 0; t < T; t++) out[o * out_channel + taps[t].weight] += added(total[o * T + t]);
 }
 
-static void products(num O, num T, const gradients *w, const float *g, num g_map, num g_sample, const float *x,
-                     const tap *taps, num samples, num from, num to, float *out, num out_channel) {
+static void products(num O, num T, const gradients *w, const real *g, num g_map, num g_sample, const real *x,
+                     const tap *taps, num samples, num from, num to, real *out, num out_channel) {
 #define CASE(o, t) \
   case o * 16 + t: products_of(o, t, w, g, g_map, g_sample, x, taps, samples, from, to, out, out_channel); break;
   switch (O * 16 + T) {
@@ -412,16 +433,16 @@ static void gradient_steps(void *data) {
   num g_sample = w->band * w->row, g_map = w->samples * g_sample;
   num most_channels = share(s->in, w->parts);
   num x_size = most_channels * w->samples * w->l.channel + 2 * LANES;
-  float *xs = numbers(x_size), *gs = numbers(s->out * g_map);
+  real *xs = numbers(x_size), *gs = numbers(s->out * g_map);
   if (xs == NULL || gs == NULL) {
     w->steps.failed = true;
   } else {
-    memset(xs, 0, sizeof(float) * x_size);
-    memset(gs, 0, sizeof(float) * s->out * g_map);
+    memset(xs, 0, sizeof(real) * x_size);
+    memset(gs, 0, sizeof(real) * s->out * g_map);
     for (num i; (i = take(&w->steps)) < w->steps.count;) {
       num group = i / w->parts, c0 = s->in * (i % w->parts) / w->parts, c1 = s->in * (i % w->parts + 1) / w->parts;
-      float *d_weight = w->d_weight + group * s->out * s->in * count;
-      for (num o = 0; o < s->out; o++) memset(d_weight + (o * s->in + c0) * count, 0, sizeof(float) * (c1 - c0) * count);
+      real *d_weight = w->d_weight + group * s->out * s->in * count;
+      for (num o = 0; o < s->out; o++) memset(d_weight + (o * s->in + c0) * count, 0, sizeof(real) * (c1 - c0) * count);
       for (num b = 0; b < s->batch; b += w->samples) {
         num samples = least(w->samples, s->batch - b);
         for (num first = 0; first < s->out_height; first += w->band) {
@@ -431,7 +452,7 @@ static void gradient_steps(void *data) {
             for (num o = 0; o < s->out; o++)
               for (num q = 0; q < some; q++) {
                 num from = (((sample * s->groups + group) * s->out + o) * s->out_height + first + q) * s->out_width;
-                memcpy(gs + o * g_map + n * g_sample + q * w->row, w->gradient + from, sizeof(float) * s->out_width);
+                copy(gs + o * g_map + n * g_sample + q * w->row, w->gradient + from, s->out_width);
               }
             for (num c = c0; c < c1; c++) {
               num map = (sample * s->groups + group) * s->in + c;
@@ -463,7 +484,7 @@ static void gradient_steps(void *data) {
   free(gs);
 }
 
-PUBLIC int convolve_weight_gradient(const float *x, const float *gradient, float *d_weight, const sizes *s, num threads) {
+PUBLIC int NAME(convolve_weight_gradient)(const real *x, const real *gradient, real *d_weight, const sizes *s, num threads) {
   num k = s->kernel, count = k * k;
   tap *taps = malloc(sizeof(tap) * count);
   if (taps == NULL) return 1;
