@@ -101,6 +101,21 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
+def affine(norm: nn.Module, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What a batch norm of eval mode multiplies each channel with and what it adds, in float64, detached.
+
+    Args:
+        norm: With running statistics.
+        bias: Of the layer before it, or None.
+    """
+    norm = cast(nn.BatchNorm2d, norm)
+    scale = (wide(cast(Tensor, norm.running_var)) + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * wide(norm.weight)
+    mean = wide(cast(Tensor, norm.running_mean))
+    shift = -mean * scale if bias is None else (wide(bias) - mean) * scale
+    return scale, shift if norm.bias is None else shift + wide(norm.bias)
+
+
 def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of any layer with the norm that follows it made part of them, computed in float64, detached.
 
@@ -109,12 +124,7 @@ def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor
         bias: One number per output channel, or None.
         norm: A batch norm of eval mode with running statistics.
     """
-    norm = cast(nn.BatchNorm2d, norm)
-    scale = (wide(cast(Tensor, norm.running_var)) + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * wide(norm.weight)
-    mean = wide(cast(Tensor, norm.running_mean))
-    shift = -mean * scale if bias is None else (wide(bias) - mean) * scale
-    shift = shift if norm.bias is None else shift + wide(norm.bias)
+    scale, shift = affine(norm, bias)
     scaled = wide(weight) * scale.view(-1, *[1] * (weight.ndim - 1))
     return scaled.to(weight.dtype), shift.to(weight.dtype)
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visattn import native
 from visattn.blocks.base import Block, NormLayer, check_map, conv_with_norm, make_norm, plain_conv
 from visattn.errors import check
-from visattn.ops._shared import eager, map_layout
+from visattn.ops._shared import eager, map_layout, precise
 from visattn.ops.convolution import IMPLEMENTATIONS, grouped_conv2d
 from visattn.ops.pyramid_squeeze import pyramid_squeeze, pyramid_weights
 
@@ -256,9 +257,10 @@ class PyramidSqueezeAttention(Block):
         """(B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         check_map(self, x, self.channels)
         layout = map_layout(x)
-        # Some scales are computed channels-last: converted once, the map serves them all.
+        # Converted once to the layout that most scales are computed in, the map serves them all.
         if self.impl == "auto" and x.device.type == "cpu" and eager(x):
-            x = x.contiguous(memory_format=torch.channels_last)
+            ours = native.available() and precise(x)
+            x = x.contiguous(memory_format=torch.contiguous_format if ours else torch.channels_last)
         features, gates = self._scales(x)
         plainness = "reference" if self.impl == "reference" else "auto"
         return pyramid_squeeze(features, gates, layout=layout, impl=plainness)

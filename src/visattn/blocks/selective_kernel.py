@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from visattn.blocks.base import (
     Block,
     NormLayer,
+    affine,
     check_map,
     foldable,
     folded,
@@ -31,7 +32,7 @@ from visattn.blocks.base import (
 )
 from visattn.errors import check
 from visattn.ops._shared import eager, precise, recording
-from visattn.ops.convolution import IMPLEMENTATIONS, grouped_conv2d
+from visattn.ops.convolution import IMPLEMENTATIONS, conv2d_relu, grouped_conv2d
 from visattn.ops.selective_kernel import branch_descriptor, branch_select, branch_weights
 
 __all__ = ["SelectiveKernel"]
@@ -44,34 +45,34 @@ class _Branch(nn.Module):
         super().__init__()
         self.conv, self.bn, self.act, self.impl = conv, bn, act, impl
 
-    def forward(self, x: Tensor, *, alone: bool = False) -> Tensor:
-        """`alone`: nothing is recorded, so the norm may become part of the convolution, where that is less work."""
+    def forward(self, x: Tensor) -> Tensor:
         conv, norm = self.conv, self.bn
         if not plain_conv(conv):
             return cast(Tensor, self.act(norm(conv(x))))
-        fold = (
-            alone
-            and foldable(norm)
-            and not has_hooks(norm)
-            and precise(x, conv.weight)
-            and conv.weight.numel() * conv.stride[0] ** 2 < x[:, :1].numel() * len(conv.weight)
-        )
-        weight, bias = folded(conv.weight, conv.bias, norm) if fold else (conv.weight, conv.bias)
-        out = grouped_conv2d(
-            x,
-            weight,
-            bias,
-            stride=conv.stride[0],
-            padding=int(conv.padding[0]),
-            dilation=conv.dilation[0],
-            groups=conv.groups,
-            impl=self.impl,
-        )
-        out = out if fold else norm(out)
+        out = norm(grouped_conv2d(x, conv.weight, conv.bias, **self._numbers(), impl=self.impl))
         known = type(self.act) is nn.ReLU and type(norm) is nn.BatchNorm2d
         if known and self.impl != "reference" and not has_hooks(self.act) and not has_hooks(norm):
             return F.relu_(out)  # neither convolution nor norm looks at its output again
         return cast(Tensor, self.act(out))
+
+    def summed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and its sums over positions, (B, C), where nothing is recorded: the norm is part of the convolution."""
+        conv, norm = self.conv, self.bn
+        known = type(self.act) is nn.ReLU and self.impl == "auto" and plain_conv(conv) and foldable(norm)
+        if known and precise(x, conv.weight):
+            scale, shift = (numbers.to(x.dtype) for numbers in affine(norm, conv.bias))
+            return conv2d_relu(x, conv.weight, scale, shift, **self._numbers())
+        out = self(x)
+        return out, out.sum(dim=(2, 3), dtype=torch.promote_types(out.dtype, torch.float32))
+
+    def _numbers(self) -> dict[str, int]:
+        conv = self.conv
+        return {
+            "stride": conv.stride[0],
+            "padding": int(conv.padding[0]),
+            "dilation": conv.dilation[0],
+            "groups": conv.groups,
+        }
 
 
 class SelectiveKernel(Block):
@@ -221,10 +222,13 @@ class SelectiveKernel(Block):
             return False
         return not any(has_hooks(module) for module in self.convs.modules())
 
-    def _branches(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        alone = self._alone(x)
-        features = [branch(x, alone=alone) for branch in self.convs]
-        hidden = self._hidden(branch_descriptor(features, impl=self._plainness))
+    def _branches(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        sums: Sequence[Tensor] = ()
+        if self._alone(x):
+            features, sums = zip(*(cast(_Branch, branch).summed(x) for branch in self.convs), strict=True)
+        else:
+            features = tuple(branch(x) for branch in self.convs)
+        hidden = self._hidden(branch_descriptor(features, sums, impl=self._plainness))
         return features, torch.stack([fc(hidden) for fc in self.fcs], dim=1)  # logits (B, K, C)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -269,21 +273,13 @@ class _FusedBranch(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.norm = nn.Identity() if fold else norm
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = grouped_conv2d(
-            x,
-            self.weight,
-            self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
-        normed: Tensor = self.norm(out)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and its sums over positions."""
+        numbers = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
         if type(self.act) is nn.ReLU and type(self.norm) is nn.Identity:
-            return F.relu_(normed)
-        activated: Tensor = self.act(normed)
-        return activated
+            return conv2d_relu(x, self.weight, None, self.bias, **numbers)
+        out: Tensor = self.act(self.norm(grouped_conv2d(x, self.weight, self.bias, **numbers)))
+        return out, out.sum(dim=(2, 3), dtype=torch.promote_types(out.dtype, torch.float32))
 
     def extra_repr(self) -> str:
         sizes = f"{tuple(self.weight.shape)}, stride={self.stride}"
@@ -321,8 +317,8 @@ class FusedSelectiveKernel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         check_map(self, x, self.channels)
-        features = [conv(x) for conv in self.convs]
-        hidden = F.linear(branch_descriptor(features), self.fc_weight, self.fc_bias)[..., None, None]
+        features, sums = zip(*(conv(x) for conv in self.convs), strict=True)
+        hidden = F.linear(branch_descriptor(features, sums), self.fc_weight, self.fc_bias)[..., None, None]
         hidden = hidden if self.fc_bn is None else self.fc_bn(hidden)
         hidden = hidden if self.fc_act is None else self.fc_act(hidden)
         logits = F.linear(hidden.flatten(1), self.select_weight, self.select_bias)

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["available", "call"]
+from visattn.errors import check
 
+__all__ = ["available", "call", "need"]
+
+DTYPES = (torch.float32, torch.float64)
 FILE = Path(__file__).with_name("kernels.so")
 
 
@@ -32,6 +35,25 @@ def _library() -> ctypes.CDLL | None:
 def available() -> bool:
     """Whether the kernels are compiled and this machine can run them."""
     return _library() is not None
+
+
+def need(*tensors: Tensor | None) -> None:
+    """Raise unless there are kernels for these tensors.
+
+    Raises:
+        ValueError: They were not compiled, or the tensors are not of a CPU, or of a type without kernels.
+    """
+    check(
+        available(),
+        "impl='native'",
+        "visattn was installed without its kernels",
+        remedy="Leave impl at 'auto', or install a C compiler and visattn again.",
+        machine=platform.machine(),
+    )
+    for tensor in tensors:
+        served = tensor is None or (tensor.device.type == "cpu" and tensor.dtype in DTYPES)
+        rule = "the kernels are for float32 and float64 on a CPU"
+        check(served, "impl='native'", rule, tensor=tensor if served else (str(tensor.device), tensor.dtype))
 
 
 def call(name: str, *arguments: Tensor | ctypes.Structure | int | bool | None) -> None:

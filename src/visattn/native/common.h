@@ -37,6 +37,11 @@ typedef real any_vec __attribute__((vector_size(sizeof(real) * LANES), aligned(s
 INLINE vec load(const real *from) { return *(const any_vec *)from; }
 INLINE void store(real *to, vec x) { *(any_vec *)to = x; }
 INLINE vec all(real x) { return (vec){x, x, x, x, x, x, x, x}; }
+INLINE real added(vec x) {
+  x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+  x += SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+  return x[0] + x[1];
+}
 INLINE num least(num a, num b) { return a < b ? a : b; }
 INLINE num most(num a, num b) { return a > b ? a : b; }
 INLINE num share(num whole, num parts) { return (whole + parts - 1) / parts; }

@@ -213,9 +213,9 @@ typedef struct {
   const tap *taps;
   const phase *phases;
   layout l;
-  const real *x, *weight, *shift;
+  const real *x, *weight, *scale, *shift;
   bool relu;
-  real *y, *packed;
+  real *y, *sums, *packed;
   loop packing, steps;
 } convolution;
 
@@ -234,21 +234,39 @@ static void pack(void *data) {
   }
 }
 
+// Some rows of a map, `scale * x + shift` and a ReLU applied; the sum of what is written.
+INLINE real write_rows(const bool relu, real *to, const real *from, num count, real scale, real shift) {
+  vec totals = all(0), scales = all(scale), shifts = all(shift);
+  num i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    vec y = scales * load(from + i) + shifts;
+    if (relu) y = (vec)((ivec)y & ~(y < all(0)));  // NaN stays
+    store(to + i, y);
+    totals += y;
+  }
+  real total = added(totals);
+  for (; i < count; i++) {
+    real y = scale * from[i] + shift;
+    to[i] = relu && y < 0 ? 0 : y;
+    total += to[i];
+  }
+  return total;
+}
+
 // Some rows of a block of channels, from where vectors ran over their ends, into their place.
-static void finish(const convolution *w, const phase *p, const real *from, num map, real *to, num first, num rows,
-                   const real *shift) {
-  num width = w->out_width, step = w->step;
-  for (num o = 0; o < w->block; o++, from += map, to += w->out_height * width) {
-    real add = shift ? shift[o] : 0;
+static void finish(const convolution *w, const phase *p, const real *from, num map, num sample, num channel, num band,
+                   num rows) {
+  num width = w->out_width, step = w->step, first = band * w->band;
+  for (num o = channel; o < channel + w->block; o++, from += map) {
+    num at = sample * w->groups * w->out + o;
+    real *to = w->y + at * w->out_height * width;
     if (step == 1) {
-      real *here = to + first * width;
+      real scale = w->scale ? w->scale[o] : 1, shift = w->shift ? w->shift[o] : 0, *here = to + first * width, total;
       if (w->relu)
-        for (num i = 0; i < rows * width; i++) {
-          real y = from[i] + add;
-          here[i] = y < 0 ? 0 : y;  // NaN stays
-        }
+        total = write_rows(true, here, from, rows * width, scale, shift);
       else
-        for (num i = 0; i < rows * width; i++) here[i] = from[i] + add;
+        total = write_rows(false, here, from, rows * width, scale, shift);
+      if (w->sums) w->sums[at * w->bands + band] = total;
       continue;
     }
     for (num i = 0; i < rows; i++) {
@@ -295,8 +313,7 @@ static void convolve_steps(void *data) {
               one_row(w->block, p[f].columns, s);
             }
           }
-          real *to = w->y + (sample * w->groups * w->out + channel) * w->out_height * w->out_width;
-          finish(w, p, out, map, to, first, some, w->shift ? w->shift + channel : NULL);
+          finish(w, p, out, map, sample, channel, i % w->bands, some);
         }
       }
     }
@@ -318,16 +335,27 @@ static int run(convolution *w, tap *taps, num split, num threads) {
   w->block = w->out % LANES == 0 ? LANES : w->out % 4 == 0 ? 4 : w->out % 2 == 0 ? 2 : 1;
   w->packing.count = w->groups * w->out / w->block;
   w->steps.count = w->batch * w->groups * w->bands;
-  w->packed = numbers(w->groups * w->in * w->out * w->count);
-  if (w->packed == NULL) return 1;
-  GOMP_parallel(pack, w, threads, 0);
-  GOMP_parallel(convolve_steps, w, threads, 0);
+  num maps = w->batch * w->groups * w->out;
+  real *sums = w->sums, *partial = sums ? numbers(maps * w->bands) : NULL;
+  w->packed = numbers(w->groups * w->in * w->out * w->count), w->sums = partial;
+  bool failed = w->packed == NULL || (sums && partial == NULL);
+  if (!failed) {
+    GOMP_parallel(pack, w, threads, 0);
+    GOMP_parallel(convolve_steps, w, threads, 0);
+    failed = w->steps.failed;
+  }
+  for (num i = 0; sums && !failed && i < maps; i++) {
+    sums[i] = 0;
+    for (num band = 0; band < w->bands; band++) sums[i] += partial[i * w->bands + band];
+  }
   free(w->packed);
-  return w->steps.failed;
+  free(partial);
+  return failed;
 }
 
-PUBLIC int NAME(convolve)(const real *x, const real *weight, const real *shift, real *y, const sizes *s, int relu,
-                    num threads) {
+// `y = scale * convolution + shift`, with a ReLU if wanted, and the sum of each map of y if there is a place for it.
+PUBLIC int NAME(convolve)(const real *x, const real *weight, const real *scale, const real *shift, real *y, real *sums,
+                          const sizes *s, num relu, num threads) {
   num k = s->kernel, count = k * k;
   tap *taps = malloc(sizeof(tap) * count);
   if (taps == NULL) return 1;
@@ -337,7 +365,7 @@ PUBLIC int NAME(convolve)(const real *x, const real *weight, const real *shift, 
   convolution w = {.batch = s->batch, .groups = s->groups, .in = s->in, .out = s->out,
                    .height = s->height, .width = s->width, .out_height = s->out_height, .out_width = s->out_width,
                    .count = count, .step = 1, .phases = &all_of_it,
-                   .x = x, .weight = weight, .shift = shift, .relu = relu, .y = y};
+                   .x = x, .weight = weight, .scale = scale, .shift = shift, .relu = relu, .y = y, .sums = sums};
   int failed = run(&w, taps, s->stride, threads);
   free(taps);
   return failed;
@@ -373,7 +401,8 @@ end:
   return failed;
 }
 
-// ---- The gradient of the weight: sums over positions, O output channels and T taps of a row of the kernel at a time.
+// ---- The gradient of the weight: sums over positions of products of gradients and inputs, T taps of a row of the
+// kernel at a time. Groups of 8 output channels are read position by position, others row by row.
 
 typedef struct {
   sizes s;
@@ -381,43 +410,65 @@ typedef struct {
   real *d_weight;
   const tap *taps;
   layout l;
-  num samples, band, row;  // in the buffers at one time; and the length of a row of gradients there
-  num parts;               // of the input channels, one for a thread
+  num block;               // output channels read together
+  num samples, band, row;  // in the buffers at one time; and how long a row of gradients is there
+  num parts;               // of the input channels, which threads share
   loop steps;
 } gradients;
 
-INLINE real added(vec x) {
-  real total = 0;
-  vec y = x + SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
-  y += SHUFFLE(y, y, 2, 3, 0, 1, 6, 7, 4, 5);
-  total = y[0] + y[1];
-  return total;
-}
+typedef struct {
+  const real *g, *x;
+  num g_map, g_sample, x_map;  // how far apart channels and samples are
+  const tap *taps;
+  num samples, from, to;  // rows
+  real *out;
+  num out_channel, in_channel;
+} product;
 
-INLINE void products_of(const int O, const int T, const gradients *w, const real *g, num g_map, num g_sample,
-                        const real *x, const tap *taps, num samples, num from, num to, real *out, num out_channel) {
+// O output channels and T taps of one input channel.
+INLINE void rows_times(const int O, const int T, const gradients *w, const product *p) {
   vec total[WIDEST];
   UNROLL for (int i = 0; i < O * T; i++) total[i] = all(0);
-  for (num b = 0; b < samples; b++)
-    for (num q = from; q < to; q++) {
-      const real *here = x + b * w->l.channel + q * w->l.row, *gs = g + b * g_sample + q * w->row;
+  for (num b = 0; b < p->samples; b++)
+    for (num q = p->from; q < p->to; q++) {
+      const real *x = p->x + b * w->l.channel + q * w->l.row, *g = p->g + b * p->g_sample + q * w->row;
       for (num v = 0; v < w->row; v += LANES) {
-        vec xs[WIDEST];
-        UNROLL for (int t = 0; t < T; t++) xs[t] = load(here + taps[t].at + v);
+        vec here[WIDEST];
+        UNROLL for (int t = 0; t < T; t++) here[t] = load(x + p->taps[t].at + v);
         UNROLL for (int o = 0; o < O; o++) {
-          vec by = load(gs + o * g_map + v);
-          UNROLL for (int t = 0; t < T; t++) total[o * T + t] += by * xs[t];
+          vec by = load(g + o * p->g_map + v);
+          UNROLL for (int t = 0; t < T; t++) total[o * T + t] += by * here[t];
         }
       }
     }
   UNROLL for (int o = 0; o < O; o++)
-    UNROLL for (int t = 0; t < T; t++) out[o * out_channel + taps[t].weight] += added(total[o * T + t]);
+    UNROLL for (int t = 0; t < T; t++) p->out[o * p->out_channel + p->taps[t].weight] += added(total[o * T + t]);
 }
 
-static void products(num O, num T, const gradients *w, const real *g, num g_map, num g_sample, const real *x,
-                     const tap *taps, num samples, num from, num to, real *out, num out_channel) {
+// 8 output channels, C input channels and T taps.
+INLINE void lanes_times(const int C, const int T, const gradients *w, const product *p) {
+  vec total[WIDEST];
+  UNROLL for (int i = 0; i < C * T; i++) total[i] = all(0);
+  num at[WIDEST];
+  UNROLL for (int t = 0; t < T; t++) at[t] = p->taps[t].at;
+  for (num b = 0; b < p->samples; b++)
+    for (num q = p->from; q < p->to; q++) {
+      const real *x = p->x + b * w->l.channel + q * w->l.row, *g = p->g + b * p->g_sample + q * w->row * LANES;
+      for (num j = 0; j < w->row; j++) {
+        vec by = load(g + j * LANES);
+        UNROLL for (int c = 0; c < C; c++)
+          UNROLL for (int t = 0; t < T; t++) total[c * T + t] += by * all(x[c * p->x_map + at[t] + j]);
+      }
+    }
+  for (int o = 0; o < LANES; o++)
+    UNROLL for (int c = 0; c < C; c++)
+      UNROLL for (int t = 0; t < T; t++)
+        p->out[o * p->out_channel + c * p->in_channel + p->taps[t].weight] += total[c * T + t][o];
+}
+
+static void rows_product(num O, num T, const gradients *w, const product *p) {
 #define CASE(o, t) \
-  case o * 16 + t: products_of(o, t, w, g, g_map, g_sample, x, taps, samples, from, to, out, out_channel); break;
+  case o * 16 + t: rows_times(o, t, w, p); break;
   switch (O * 16 + T) {
     CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8) CASE(1, 9)
     CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5)
@@ -426,75 +477,120 @@ static void products(num O, num T, const gradients *w, const real *g, num g_map,
 #undef CASE
 }
 
+static void lanes_product(num C, num T, const gradients *w, const product *p) {
+#define CASE(c, t) \
+  case c * 16 + t: lanes_times(c, t, w, p); break;
+  switch (C * 16 + T) {
+    CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8) CASE(1, 9)
+    CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5)
+    CASE(4, 1) CASE(4, 2) CASE(4, 3)
+  }
+#undef CASE
+}
+
+// Rows of gradients of one sample; 8 channels side by side where they are read so.
+static void fill_gradients(const gradients *w, real *gs, num sample, num group, num n, num first, num rows) {
+  const sizes *s = &w->s;
+  num map = s->out_height * s->out_width, g_map = w->samples * w->band * w->row;
+  for (num o = 0; o < s->out; o++) {
+    const real *from = w->gradient + ((sample * s->groups + group) * s->out + o) * map + first * s->out_width;
+    for (num q = 0; q < rows; q++, from += s->out_width) {
+      num at = (n * w->band + q) * w->row;
+      if (w->block < LANES) {
+        copy(gs + o * g_map + at, from, s->out_width);
+      } else if (o % LANES == 0) {
+        real *to = gs + o * g_map + at * LANES;
+        num j = 0;
+        for (; j + LANES <= s->out_width; j += LANES) {
+          vec r[LANES];
+          UNROLL for (int c = 0; c < LANES; c++) r[c] = load(from + c * map + j);
+          transpose(r);
+          UNROLL for (int c = 0; c < LANES; c++) store(to + (j + c) * LANES, r[c]);
+        }
+        for (; j < s->out_width; j++)
+          for (int c = 0; c < LANES; c++) to[j * LANES + c] = from[c * map + j];
+      }
+    }
+  }
+}
+
+// What a piece of rows of some samples adds to the gradient of a part of the input channels.
+static void add_products(const gradients *w, const real *gs, const real *xs, num channels, num samples, num first,
+                         num rows, real *d_weight) {
+  const sizes *s = &w->s;
+  num k = s->kernel, widest = w->block == 4 ? 3 : w->block == 2 ? 5 : 9;
+  product p = {.g_map = w->samples * w->band * w->row, .x_map = w->samples * w->l.channel, .samples = samples,
+               .g_sample = w->band * w->row * (w->block == LANES ? LANES : 1),
+               .out_channel = s->in * k * k, .in_channel = k * k};
+  for (num o = 0; o < s->out; o += w->block)
+    for (num r = 0; r < k; r++) {
+      num up = w->taps[r * k].row, tiles = share(k, widest);
+      p.from = 0, p.to = rows;
+      while (p.from < p.to && (first + p.from) * s->stride + up < 0) p.from++;
+      while (p.to > p.from && (first + p.to - 1) * s->stride + up >= s->height) p.to--;
+      for (num t = 0; t < tiles; t++) {
+        num t0 = k * t / tiles, taps = k * (t + 1) / tiles - t0, together = 1;
+        for (num c = 0; c < channels; c += together) {
+          p.g = gs + o * p.g_map, p.x = xs + c * p.x_map, p.taps = w->taps + r * k + t0;
+          p.out = d_weight + (o * s->in + c) * k * k;
+          if (w->block < LANES) {
+            rows_product(w->block, taps, w, &p);
+          } else {
+            num left = channels - c;
+            together = taps <= 3 && left >= 4 ? 4 : taps <= 5 && left >= 2 ? 2 : 1;
+            lanes_product(together, taps, w, &p);
+          }
+        }
+      }
+    }
+}
+
 static void gradient_steps(void *data) {
   gradients *w = data;
   const sizes *s = &w->s;
-  num k = s->kernel, count = k * k;
-  num g_sample = w->band * w->row, g_map = w->samples * g_sample;
-  num most_channels = share(s->in, w->parts);
-  num x_size = most_channels * w->samples * w->l.channel + 2 * LANES;
-  real *xs = numbers(x_size), *gs = numbers(s->out * g_map);
+  num count = s->kernel * s->kernel, map = s->height * s->width;
+  num x_size = share(s->in, w->parts) * w->samples * w->l.channel + 2 * LANES;
+  num g_size = s->out * w->samples * w->band * w->row;
+  real *xs = numbers(x_size), *gs = numbers(g_size);
   if (xs == NULL || gs == NULL) {
     w->steps.failed = true;
   } else {
     memset(xs, 0, sizeof(real) * x_size);
-    memset(gs, 0, sizeof(real) * s->out * g_map);
+    memset(gs, 0, sizeof(real) * g_size);
     for (num i; (i = take(&w->steps)) < w->steps.count;) {
       num group = i / w->parts, c0 = s->in * (i % w->parts) / w->parts, c1 = s->in * (i % w->parts + 1) / w->parts;
-      real *d_weight = w->d_weight + group * s->out * s->in * count;
-      for (num o = 0; o < s->out; o++) memset(d_weight + (o * s->in + c0) * count, 0, sizeof(real) * (c1 - c0) * count);
-      for (num b = 0; b < s->batch; b += w->samples) {
-        num samples = least(w->samples, s->batch - b);
+      real *d_weight = w->d_weight + (group * s->out * s->in + c0) * count;
+      for (num o = 0; o < s->out; o++) memset(d_weight + o * s->in * count, 0, sizeof(real) * (c1 - c0) * count);
+      for (num b = 0; b < s->batch; b += w->samples)
         for (num first = 0; first < s->out_height; first += w->band) {
-          num some = least(w->band, s->out_height - first);
+          num samples = least(w->samples, s->batch - b), rows = least(w->band, s->out_height - first);
           for (num n = 0; n < samples; n++) {
-            num sample = b + n;
-            for (num o = 0; o < s->out; o++)
-              for (num q = 0; q < some; q++) {
-                num from = (((sample * s->groups + group) * s->out + o) * s->out_height + first + q) * s->out_width;
-                copy(gs + o * g_map + n * g_sample + q * w->row, w->gradient + from, s->out_width);
-              }
-            for (num c = c0; c < c1; c++) {
-              num map = (sample * s->groups + group) * s->in + c;
-              fill(xs + ((c - c0) * w->samples + n) * w->l.channel, &w->l, w->x + map * s->height * s->width, first);
-            }
-          }
-          for (num o = 0, block; o < s->out; o += block) {
-            num left = s->out - o;
-            block = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-            num widest = block == 4 ? 3 : block == 2 ? 5 : 9, tiles = share(k, widest);
+            fill_gradients(w, gs, b + n, group, n, first, rows);
             for (num c = c0; c < c1; c++)
-              for (num r = 0; r < k; r++) {
-                num from = 0, to = some, up = w->taps[r * k].row;
-                while (from < to && (first + from) * s->stride + up < 0) from++;
-                while (to > from && (first + to - 1) * s->stride + up >= s->height) to--;
-                for (num t = 0; t < tiles; t++) {
-                  num t0 = k * t / tiles, t1 = k * (t + 1) / tiles;
-                  products(block, t1 - t0, w, gs + o * g_map, g_map, g_sample,
-                           xs + (c - c0) * w->samples * w->l.channel, w->taps + r * k + t0, samples, from, to,
-                           d_weight + (o * s->in + c) * count, s->in * count);
-                }
-              }
+              fill(xs + ((c - c0) * w->samples + n) * w->l.channel, &w->l,
+                   w->x + (((b + n) * s->groups + group) * s->in + c) * map, first);
           }
+          add_products(w, gs, xs, c1 - c0, samples, first, rows, d_weight);
         }
-      }
     }
   }
   free(xs);
   free(gs);
 }
 
-PUBLIC int NAME(convolve_weight_gradient)(const real *x, const real *gradient, real *d_weight, const sizes *s, num threads) {
+PUBLIC int NAME(convolve_weight_gradient)(const real *x, const real *gradient, real *d_weight, const sizes *s,
+                                          num threads) {
   num k = s->kernel, count = k * k;
   tap *taps = malloc(sizeof(tap) * count);
   if (taps == NULL) return 1;
   for (num t = 0; t < count; t++)
     taps[t] = (tap){.weight = t, .row = t / k * s->dilation - s->padding, .column = t % k * s->dilation - s->padding};
   gradients w = {.s = *s, .x = x, .gradient = gradient, .d_weight = d_weight, .taps = taps};
-  w.row = share(s->out_width, LANES) * LANES;
-  num map = s->out_height * w.row;
-  w.samples = most(1, least(s->batch, POSITIONS / map));
-  w.band = most(1, least(s->out_height, 4 * POSITIONS / w.row));
+  w.block = s->out % LANES == 0 ? LANES : s->out % 4 == 0 ? 4 : s->out % 2 == 0 ? 2 : 1;
+  w.row = w.block == LANES ? s->out_width : share(s->out_width, LANES) * LANES;
+  num positions = w.block == LANES ? POSITIONS : LANES * POSITIONS;  // a lane of a row has an eighth of them
+  w.samples = most(1, least(s->batch, POSITIONS / (s->out_height * w.row)));
+  w.band = most(1, least(s->out_height, positions / w.row));
   w.parts = least(s->in, share(4 * threads, s->groups));
   w.steps.count = s->groups * w.parts;
   w.l = lay_out(taps, count, s->stride, s->height, s->width, w.band, s->out_width);

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from visattn.native import call
 
-__all__ = ["Geometry", "convolve", "input_gradient", "weight_gradient"]
+__all__ = ["Geometry", "convolve", "convolve_relu", "input_gradient", "weight_gradient"]
+
+
+MOST_STRIDE = 64
 
 
 class _Sizes(ctypes.Structure):
@@ -41,6 +44,22 @@ class Geometry(NamedTuple):
     dilation: int
     groups: int
 
+    def fits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the kernels serve these shapes, which they do not check again."""
+        if x.dim() != 4 or weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
+            return False
+        reach = self.dilation * (weight.shape[2] - 1) + 1
+        return (
+            min(self.stride, self.dilation, self.groups) >= 1
+            and self.stride <= MOST_STRIDE
+            and self.padding >= 0
+            and min(x.shape[2:]) + 2 * self.padding >= reach
+            and weight.shape[0] % self.groups == 0
+            and x.shape[1] == weight.shape[1] * self.groups
+            and (bias is None or bias.shape == weight.shape[:1])
+            and len({tensor.dtype for tensor in (x, weight, bias) if tensor is not None}) == 1
+        )
+
     def sizes(self, shape: torch.Size, weight: Tensor) -> tuple[ctypes.Structure, tuple[int, int, int, int]]:
         """The sizes as C has them, and the shape of the output, for an input of that shape."""
         batch, _, height, width = shape
@@ -63,12 +82,26 @@ class Geometry(NamedTuple):
         return sizes, (batch, outputs, out[0], out[1])
 
 
-def convolve(x: Tensor, weight: Tensor, shift: Tensor | None, geometry: Geometry, *, relu: bool = False) -> Tensor:
-    """`conv2d(x, weight, shift)`, and a ReLU if wanted; float32 tensors of a CPU."""
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """`conv2d(x, weight, bias)`."""
     sizes, shape = geometry.sizes(x.shape, weight)
     out = x.new_empty(shape)
-    call("convolve", x.contiguous(), weight.contiguous(), shift, out, sizes, relu)
+    call("convolve", x.contiguous(), weight.contiguous(), None, _whole(bias), out, None, sizes, False)
     return out
+
+
+def convolve_relu(
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """`relu(scale * conv2d(x, weight) + shift)` and the sums of its maps, (B, C)."""
+    sizes, shape = geometry.sizes(x.shape, weight)
+    out, sums = x.new_empty(shape), x.new_empty(shape[:2])
+    call("convolve", x.contiguous(), weight.contiguous(), _whole(scale), _whole(shift), out, sums, sizes, True)
+    return out, sums
+
+
+def _whole(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:

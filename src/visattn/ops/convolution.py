@@ -1,20 +1,35 @@
 """Grouped convolutions: the same numbers, in the form that the machine computes fastest.
 
-CPU kernels want 8 or more channels in a group, or one. For numbers in between they fall back to code several times
-slower than the machine, which these forms avoid.
+Torch's CPU kernels want 8 or more channels in a group, or one. For numbers in between they fall back to code several
+times slower than the machine, which these forms avoid: kernels of our own, or, where these could not be compiled, torch's
+convolutions of other shapes.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visattn.ops._shared import again, choose, differentiate_again, eager, full_precision, precise, recording, upcast
+from visattn import native
+from visattn.errors import check
+from visattn.native import convolution as kernels
+from visattn.ops._shared import (
+    again,
+    choose,
+    differentiate_again,
+    eager,
+    full_precision,
+    need_eager,
+    precise,
+    recording,
+    upcast,
+)
 
-__all__ = ["IMPLEMENTATIONS", "best_form", "grouped_conv2d"]
+__all__ = ["IMPLEMENTATIONS", "best_form", "conv2d_relu", "grouped_conv2d"]
 
 _LANES = 8  # channels in a group from which the kernels of a CPU work at full width
 _BAND = 800  # positions after which a sum of a weight's gradient is begun anew
@@ -95,7 +110,7 @@ class _Convolution(torch.autograd.Function):
         form: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.numbers = bias is not None, (stride, padding, dilation, groups)
+        ctx.bias, ctx.numbers, ctx.native = bias is not None, (stride, padding, dilation, groups), form is _kernels
         out: Tensor = form(x, weight, bias, stride, padding, dilation, groups)
         return out
 
@@ -110,6 +125,12 @@ class _Convolution(torch.autograd.Function):
             )
             return (*plain, gradient.sum(dim=(0, 2, 3)) if ctx.bias else None, None, None, None, None, None)
         d_x = d_weight = None
+        if ctx.native:
+            geometry = kernels.Geometry(stride, padding, dilation, groups)
+            d_x = kernels.input_gradient(gradient, weight, x.shape, geometry) if needed[0] else None
+            d_weight = kernels.weight_gradient(x, gradient, weight, geometry) if needed[1] else None
+            d_bias = gradient.sum(dim=(0, 2, 3)) if ctx.bias else None
+            return d_x, d_weight, d_bias, None, None, None, None, None
         with full_precision(x):
             merge = weight.shape[2] < 5
             layout = torch.contiguous_format if merge else torch.channels_last
@@ -137,6 +158,35 @@ class _Convolution(torch.autograd.Function):
                 d_weight = blocks.movedim(-1, 1).reshape(weight.shape)
             d_bias = gradient.sum(dim=(0, 2, 3)) if ctx.bias else None
         return d_x, d_weight, d_bias, None, None, None, None, None
+
+
+def _kernels(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int, groups: int
+) -> Tensor:
+    return kernels.convolve(x, weight, bias, kernels.Geometry(stride, padding, dilation, groups))
+
+
+def _native(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int, groups: int
+) -> Tensor:
+    need_eager("native", x, weight, bias)
+    dtype, x, weight = x.dtype, upcast(x), upcast(weight)
+    bias = None if bias is None else upcast(bias)
+    native.need(x, weight, bias)
+    geometry = kernels.Geometry(stride, padding, dilation, groups)
+    check(
+        geometry.fits(x, weight, bias),
+        "impl='native'",
+        "the kernels are for square kernels, and for tensors of one type whose shapes fit",
+        remedy="Leave impl at 'auto'.",
+        x=tuple(x.shape),
+        weight=tuple(weight.shape),
+        groups=groups,
+    )
+    if recording(x, weight, bias):
+        out: Tensor = _Convolution.apply(x, weight, bias, stride, padding, dilation, groups, _kernels)
+        return out.to(dtype)
+    return _kernels(x, weight, bias, stride, padding, dilation, groups).to(dtype)
 
 
 def _channels_last(
@@ -170,11 +220,14 @@ def _depthwise(
     return (out if bias is None else out + bias[:, None, None]).to(dtype)
 
 
-def best_form(device: str, *, size: int, outputs: int, width: int, groups: int, stride: int, positions: int) -> str:
+def best_form(
+    device: str, *, native: bool, size: int, outputs: int, width: int, groups: int, stride: int, positions: int
+) -> str:
     """The form that "auto" takes, by what measured best on CPUs; on other devices `conv2d` as it is.
 
     Args:
         device: Type of the device.
+        native: Whether there are kernels of our own for these tensors.
         size: Of the kernel.
         outputs: Output channels of a group.
         width: Input channels of a group.
@@ -184,31 +237,39 @@ def best_form(device: str, *, size: int, outputs: int, width: int, groups: int, 
     """
     if device != "cpu" or groups == 1 or outputs == width == 1:
         return "reference"
+    if native:
+        return "native"
     if size >= 5:
         return "depthwise" if outputs == stride == 1 and size >= 9 and positions >= 576 else "channels_last"
     return "merged" if min(outputs, width) < _LANES else "reference"
+
+
+def _choice(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[int, int, int, int]) -> str:
+    if not eager(x, weight, bias):
+        return "reference"
+    stride, _, _, groups = numbers
+    exact = precise(*(tensor for tensor in (x, weight, bias) if tensor is not None))
+    name = best_form(
+        x.device.type,
+        native=exact and native.available() and kernels.Geometry(*numbers).fits(x, weight, bias),
+        size=weight.shape[2],
+        outputs=weight.shape[0] // groups,
+        width=weight.shape[1],
+        groups=groups,
+        stride=stride,
+        positions=math.prod(x.shape[2:]),
+    )
+    return "channels_last" if name == "depthwise" and not exact else name
 
 
 def _auto(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int, groups: int
 ) -> Tensor:
     numbers = (stride, padding, dilation, groups)
-    if not eager(x, weight, bias):
-        return _reference(x, weight, bias, *numbers)
-    outputs, width = weight.shape[0] // groups, weight.shape[1]
-    name = best_form(
-        x.device.type,
-        size=weight.shape[2],
-        outputs=outputs,
-        width=width,
-        groups=groups,
-        stride=stride,
-        positions=x.shape[2] * x.shape[3],
-    )
-    if name == "depthwise" and not precise(x, weight):
-        name = "channels_last"
+    name = _choice(x, weight, bias, numbers)
     form = _CONVOLUTION[name]
-    if name != "reference" and min(outputs, width) < _LANES and recording(x, weight, bias) and precise(x, weight):
+    narrow = name not in ("reference", "native") and min(weight.shape[0] // groups, weight.shape[1]) < _LANES
+    if narrow and recording(x, weight, bias) and precise(x, weight):
         out: Tensor = _Convolution.apply(x, weight, bias, *numbers, form)
         return out
     return form(x, weight, bias, *numbers)
@@ -217,6 +278,7 @@ def _auto(
 _CONVOLUTION = {
     "auto": _auto,
     "reference": _reference,
+    "native": _native,
     "channels_last": _channels_last,
     "merged": _merged,
     "depthwise": _depthwise,
@@ -245,15 +307,16 @@ def grouped_conv2d(
         padding: As in `conv2d`.
         dilation: As in `conv2d`.
         groups: As in `conv2d`.
-        impl: "auto", by sizes and device; "reference", conv2d as it is; "channels_last", in that layout; "merged",
-            narrow groups put together; "depthwise", sums of depthwise convolutions. The last
-            two have zeros between groups, so that an infinity or NaN of one group may reach others.
+        impl: "auto", by sizes and device; "reference", conv2d as it is; "native", the kernels of `visattn.native`, not
+            for compilers; "channels_last", in that layout; "merged", narrow groups put together; "depthwise", sums of
+            depthwise convolutions. The last two have zeros between groups, so that an infinity or NaN of one group may
+            reach others.
 
     Returns:
         (B, D, H', W'), in channels-last layout where the form works in it.
 
     Raises:
-        ValueError: Unknown `impl`.
+        ValueError: Unknown `impl`, or one that cannot serve the arguments.
 
     Example:
         >>> grouped_conv2d(torch.randn(2, 8, 5, 7), torch.randn(4, 2, 3, 3), padding=1, groups=4).shape
@@ -261,3 +324,42 @@ def grouped_conv2d(
     """
     function = choose("grouped_conv2d", impl, _CONVOLUTION)
     return function(x, weight, bias, stride, padding, dilation, groups)
+
+
+def conv2d_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    *,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """`relu(scale * conv2d(x, weight) + shift)` and what its maps add up to.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (D, C // groups, k, k).
+        scale: (D,) or None.
+        shift: (D,) or None.
+        stride: As in `conv2d`.
+        padding: As in `conv2d`.
+        dilation: As in `conv2d`.
+        groups: As in `conv2d`.
+
+    Returns:
+        (B, D, H', W') and (B, D), the sums of 16-bit maps in float32.
+
+    Example:
+        >>> x, weight = torch.ones(2, 8, 5, 7), torch.ones(4, 2, 1, 1)
+        >>> conv2d_relu(x, weight, None, torch.ones(4), stride=1, padding=0, dilation=1, groups=4)[1][0]
+        tensor([105., 105., 105., 105.])
+    """
+    numbers = (stride, padding, dilation, groups)
+    if not recording(x, weight, scale, shift) and _choice(x, weight, shift, numbers) == "native":
+        return kernels.convolve_relu(x, weight, scale, shift, kernels.Geometry(*numbers))
+    weight = weight if scale is None else weight * scale[:, None, None, None]
+    out = F.relu_(_auto(x, weight, shift, *numbers))
+    return out, out.sum(dim=(2, 3), dtype=torch.promote_types(out.dtype, torch.float32))

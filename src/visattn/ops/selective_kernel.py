@@ -24,27 +24,29 @@ def branch_weights(logits: Tensor) -> Tensor:
     return upcast(logits).softmax(dim=1).to(logits.dtype)
 
 
-def _descriptor_reference(features: Sequence[Tensor]) -> Tensor:
+def _descriptor_reference(features: Sequence[Tensor], sums: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(features), dim=1).sum(dim=1).mean(dim=(2, 3))
 
 
-def _descriptor(features: Sequence[Tensor]) -> Tensor:
+def _descriptor(features: Sequence[Tensor], sums: Sequence[Tensor]) -> Tensor:
     # The mean of the sum is the sum of the means: the K-fold stack and its sum are never written. Sums, divided in the
     # end, as the gradient of a mean is divided map by map.
     positions = features[0].shape[2] * features[0].shape[3]
     dtype = torch.promote_types(features[0].dtype, torch.float32)  # a sum over a map overflows float16
-    descriptor = features[0].sum(dim=(2, 3), dtype=dtype)
-    for feature in features[1:]:
-        descriptor = descriptor + feature.sum(dim=(2, 3), dtype=dtype)
+    sums = sums or [feature.sum(dim=(2, 3), dtype=dtype) for feature in features]
+    descriptor = sums[0]
+    for some in sums[1:]:
+        descriptor = descriptor + some
     return (descriptor / positions).to(features[0].dtype)
 
 
-def branch_descriptor(features: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
+def branch_descriptor(features: Sequence[Tensor], sums: Sequence[Tensor] = (), *, impl: str = "auto") -> Tensor:
     """Mean over positions of the sum of the branches.
 
     Args:
         features: K maps (B, C, H, W).
-        impl: "auto" or "reference".
+        sums: What they add up to, K times (B, C), where that is known.
+        impl: "auto" or "reference", which does not look at the sums.
 
     Returns:
         (B, C).
@@ -57,7 +59,7 @@ def branch_descriptor(features: Sequence[Tensor], *, impl: str = "auto") -> Tens
         torch.Size([2, 6])
     """
     functions = {"auto": _descriptor, "reference": _descriptor_reference}
-    return choose("branch_descriptor", impl, functions)(features)
+    return choose("branch_descriptor", impl, functions)(features, sums)
 
 
 def _select_reference(features: Sequence[Tensor], logits: Tensor) -> Tensor:
