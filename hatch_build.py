@@ -8,9 +8,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCE = Path(__file__).parent / "src" / "visattn" / "native"
 TARGET = SOURCE / "kernels.so"
@@ -44,5 +47,14 @@ def build() -> bool:
     return True
 
 
-if __name__ == "__main__":
-    sys.exit(0 if build() else "visattn.native was not compiled")
+class Kernels(BuildHookInterface):  # type: ignore[type-arg]
+    """Puts the library into wheels, which are then for one platform; an editable install has it in the checkout."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile before the files are collected."""
+        if build():
+            build_data["artifacts"].append(TARGET.relative_to(self.root).as_posix())
+            build_data["pure_python"] = False
+            build_data["tag"] = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        else:
+            self.app.display_warning("visattn: no C compiler for this platform, so torch's operations serve alone")

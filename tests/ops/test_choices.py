@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import visattn
+from visattn import native
 from visattn.ops import convolution, dual, multihead
 from visattn.ops.convolution import best_form
 from visattn.ops.dual import best_position
@@ -86,10 +87,15 @@ def test_convolution(size, outputs, width, groups, stride, side, expected):
         (multihead, "_MULTIHEAD", lambda x: visattn.create("mhsa", 64)(x), "pieces"),
         (dual, "_POSITION", lambda x: visattn.create("pam", 64)(x), "pieces"),
         (convolution, "_CONVOLUTION", lambda x: visattn.create("sk", 64, groups=16)(x), "merged"),
+        (convolution, "_CONVOLUTION", lambda x: visattn.create("sk", 64, groups=16)(x), "native"),
     ],
 )
 def test_the_choice_is_what_runs(module, table, call, expected, monkeypatch):
     seen = []
+    if expected != "native":
+        monkeypatch.setattr(native, "available", lambda: False)
+    elif not native.available():  # compiled wherever there is a compiler: see tests/native
+        expected = "merged"
     for name, function in dict(getattr(module, table)).items():
 
         def spy(*args, name=name, function=function):

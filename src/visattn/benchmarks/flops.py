@@ -10,6 +10,8 @@ import torch
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
+from visattn import native
+
 __all__ = ["count"]
 
 
@@ -49,9 +51,9 @@ _CORRECTED = {
 
 
 def count(call: Callable[[], Any]) -> int:
-    """FLOPs of matrix products, convolutions and attention in a call; one multiply-add counts as 2.
+    """FLOPs of matrix products, convolutions and attention in a call, those of `visattn.native` included.
 
-    What a kernel of our own does outside torch's operators is not seen.
+    One multiply-add counts as 2.
 
     Args:
         call: What to run; a backward pass in it counts too.
@@ -61,6 +63,7 @@ def count(call: Callable[[], Any]) -> int:
         >>> count(lambda: a @ a.T)
         24
     """
+    before = native.flops()
     with FlopCounterMode(display=False, custom_mapping=_CORRECTED) as counter:
         call()
-    return int(counter.get_total_flops())
+    return int(counter.get_total_flops()) + native.flops() - before

@@ -56,7 +56,7 @@ class _Branch(nn.Module):
         return cast(Tensor, self.act(out))
 
     def summed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Output and its sums over positions, (B, C), where nothing is recorded: the norm is part of the convolution."""
+        """Output and its sums over positions, (B, C), without recording; the norm is part of the convolution."""
         conv, norm = self.conv, self.bn
         known = type(self.act) is nn.ReLU and self.impl == "auto" and plain_conv(conv) and foldable(norm)
         if known and precise(x, conv.weight):
@@ -65,7 +65,7 @@ class _Branch(nn.Module):
         out = self(x)
         return out, out.sum(dim=(2, 3), dtype=torch.promote_types(out.dtype, torch.float32))
 
-    def _numbers(self) -> dict[str, int]:
+    def _numbers(self) -> dict[str, Any]:
         conv = self.conv
         return {
             "stride": conv.stride[0],
@@ -275,7 +275,12 @@ class _FusedBranch(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Output and its sums over positions."""
-        numbers = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+        numbers: dict[str, Any] = {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
         if type(self.act) is nn.ReLU and type(self.norm) is nn.Identity:
             return conv2d_relu(x, self.weight, None, self.bias, **numbers)
         out: Tensor = self.act(self.norm(grouped_conv2d(x, self.weight, self.bias, **numbers)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from visattn.errors import check
 
-__all__ = ["available", "call", "need"]
+__all__ = ["available", "call", "flops", "need", "served"]
 
 DTYPES = (torch.float32, torch.float64)
+MISSING = "visattn was installed without its kernels"
 FILE = Path(__file__).with_name("kernels.so")
 
 
@@ -37,6 +39,11 @@ def available() -> bool:
     return _library() is not None
 
 
+def served(implementations: Iterable[str]) -> tuple[str, ...]:
+    """Those implementations of an op that this installation has: "native" only with the kernels."""
+    return tuple(name for name in implementations if name != "native" or available())
+
+
 def need(*tensors: Tensor | None) -> None:
     """Raise unless there are kernels for these tensors.
 
@@ -46,28 +53,38 @@ def need(*tensors: Tensor | None) -> None:
     check(
         available(),
         "impl='native'",
-        "visattn was installed without its kernels",
+        MISSING,
         remedy="Leave impl at 'auto', or install a C compiler and visattn again.",
         machine=platform.machine(),
     )
-    for tensor in tensors:
-        served = tensor is None or (tensor.device.type == "cpu" and tensor.dtype in DTYPES)
-        rule = "the kernels are for float32 and float64 on a CPU"
-        check(served, "impl='native'", rule, tensor=tensor if served else (str(tensor.device), tensor.dtype))
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in tensors if tensor is not None}
+    rule = "the kernels are for float32 and float64 on a CPU"
+    check(kinds <= {("cpu", dtype) for dtype in DTYPES}, "impl='native'", rule, tensors=sorted(map(str, kinds)))
 
 
-def call(name: str, *arguments: Tensor | ctypes.Structure | int | bool | None) -> None:
+_flops = 0
+
+
+def flops() -> int:
+    """FLOPs of all kernels since the start: torch's counters do not see them."""
+    return _flops
+
+
+def call(name: str, *arguments: Tensor | ctypes.Structure | int | bool | None, flops: int) -> None:
     """Call a kernel with pointers to tensors and structures, integers, and the number of threads in the end.
 
     Args:
         name: Of the kernel, without the type of the numbers, which is that of the first tensor.
         *arguments: Contiguous tensors of a CPU, all of one type.
+        flops: What it computes, one multiply-add as 2.
 
     Raises:
         MemoryError: The kernel had no memory for its buffers.
     """
+    global _flops
     library = _library()
     assert library is not None
+    _flops += flops
     given: list[Any] = []
     for argument in (*arguments, torch.get_num_threads()):
         if isinstance(argument, Tensor):

@@ -35,6 +35,12 @@ class _Sizes(ctypes.Structure):
         )
     ]
 
+    @property
+    def flops(self) -> int:
+        """Of the convolution, or of one of its gradients."""
+        outputs = self.batch * self.groups * self.out_channels * self.out_height * self.out_width
+        return int(2 * outputs * self.in_channels * self.kernel**2)
+
 
 class Geometry(NamedTuple):
     """What the kernels support: square kernels, one stride, padding and dilation for both directions."""
@@ -60,7 +66,7 @@ class Geometry(NamedTuple):
             and len({tensor.dtype for tensor in (x, weight, bias) if tensor is not None}) == 1
         )
 
-    def sizes(self, shape: torch.Size, weight: Tensor) -> tuple[ctypes.Structure, tuple[int, int, int, int]]:
+    def sizes(self, shape: torch.Size, weight: Tensor) -> tuple[_Sizes, tuple[int, int, int, int]]:
         """The sizes as C has them, and the shape of the output, for an input of that shape."""
         batch, _, height, width = shape
         outputs, in_channels, kernel = weight.shape[:3]
@@ -85,8 +91,8 @@ class Geometry(NamedTuple):
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """`conv2d(x, weight, bias)`."""
     sizes, shape = geometry.sizes(x.shape, weight)
-    out = x.new_empty(shape)
-    call("convolve", x.contiguous(), weight.contiguous(), None, _whole(bias), out, None, sizes, False)
+    out, bias = x.new_empty(shape), _whole(bias)
+    call("convolve", x.contiguous(), weight.contiguous(), None, bias, out, None, sizes, False, flops=sizes.flops)
     return out
 
 
@@ -95,25 +101,24 @@ def convolve_relu(
 ) -> tuple[Tensor, Tensor]:
     """`relu(scale * conv2d(x, weight) + shift)` and the sums of its maps, (B, C)."""
     sizes, shape = geometry.sizes(x.shape, weight)
-    out, sums = x.new_empty(shape), x.new_empty(shape[:2])
-    call("convolve", x.contiguous(), weight.contiguous(), _whole(scale), _whole(shift), out, sums, sizes, True)
+    out, sums, scale, shift = x.new_empty(shape), x.new_empty(shape[:2]), _whole(scale), _whole(shift)
+    call("convolve", x.contiguous(), weight.contiguous(), scale, shift, out, sums, sizes, True, flops=sizes.flops)
     return out, sums
-
-
-def _whole(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     """The gradient of an input of that shape."""
-    out = gradient.new_empty(shape)
-    call("convolve_input_gradient", gradient.contiguous(), weight.contiguous(), out, geometry.sizes(shape, weight)[0])
+    sizes, out = geometry.sizes(shape, weight)[0], gradient.new_empty(shape)
+    call("convolve_input_gradient", gradient.contiguous(), weight.contiguous(), out, sizes, flops=sizes.flops)
     return out
 
 
 def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of a weight like `weight`."""
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    sizes = geometry.sizes(x.shape, weight)[0]
-    call("convolve_weight_gradient", x.contiguous(), gradient.contiguous(), out, sizes)
+    sizes, out = geometry.sizes(x.shape, weight)[0], torch.empty_like(weight, memory_format=torch.contiguous_format)
+    call("convolve_weight_gradient", x.contiguous(), gradient.contiguous(), out, sizes, flops=sizes.flops)
     return out
+
+
+def _whole(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()

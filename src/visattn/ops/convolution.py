@@ -1,8 +1,8 @@
 """Grouped convolutions: the same numbers, in the form that the machine computes fastest.
 
 Torch's CPU kernels want 8 or more channels in a group, or one. For numbers in between they fall back to code several
-times slower than the machine, which these forms avoid: kernels of our own, or, where these could not be compiled, torch's
-convolutions of other shapes.
+times slower than the machine, which these forms avoid: by kernels of our own or, where these could not be compiled, by
+torch's convolutions of other shapes.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ _CONVOLUTION = {
     "merged": _merged,
     "depthwise": _depthwise,
 }
-IMPLEMENTATIONS = tuple(_CONVOLUTION)
+IMPLEMENTATIONS = native.served(_CONVOLUTION)
 
 
 def grouped_conv2d(

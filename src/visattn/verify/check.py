@@ -264,15 +264,16 @@ def _cotangents(case: Case) -> Mapping[str, npt.NDArray[Any]]:
 # ---- the check ------------------------------------------------------------------------------------------------------
 
 
-def implementations(case: Case) -> tuple[str, ...]:
+def implementations(case: Case, device: torch.device) -> tuple[str, ...]:
     """What the argument `impl` of the block that serves a case may be; "auto" alone if it has none."""
     try:
         block: type[blocks.Block] = getattr(blocks, _published(case).block)
     except ValueError:
         return ("auto",)  # the check says that nothing serves it
     impls = block.impls or ("auto",)
-    weighted = "attention_weights" in case.inputs  # which torch's fused kernels do not know
-    return tuple(impl for impl in impls if not (weighted and impl == "fused"))
+    unfit = {"fused"} if "attention_weights" in case.inputs else set()  # which torch's fused kernels do not know
+    unfit |= set() if device.type == "cpu" else {"native"}
+    return tuple(impl for impl in impls if impl not in unfit)
 
 
 def check_case(
@@ -302,7 +303,7 @@ def check_case(
         for problem in _incomplete(case):
             result.fail(problem)
         expected = _expected(case, result)
-        chosen = implementations(case) if impl == "all" else (impl,)
+        chosen = implementations(case, device) if impl == "all" else (impl,)
         if impl == "all" and "attention_weights" in case.inputs:
             result.notes.append('impl="fused" is not checked: torch\'s kernels know no attention_weights')
         for name in dict.fromkeys([*chosen, "reference"]):

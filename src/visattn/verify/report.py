@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 import visattn
-from visattn import blocks, registry
+from visattn import blocks, native, registry
 from visattn.devices import find_device, precise_matmul
 from visattn.errors import UserError, did_you_mean
 from visattn.profile import device_name
@@ -88,11 +88,13 @@ def verify(
             if reason is not None:
                 results.append(Result(case, "skipped", [reason]))
                 continue
-            if impl != "all" and impl not in implementations(case):
+            if impl != "all" and impl not in implementations(case, place):
                 results.append(Result(case, "skipped", [f"its block has no implementation {impl!r} for it"]))
                 continue
             results.append(check_case(case, device=place, dtype=_DTYPES[dtype], impl=impl, debug=debug))
     _print(console, results, device, dtype)
+    if impl == "all" and not native.available():
+        console.print(f'impl="native" is not checked: {native.MISSING}.')
     if json_file is not None:
         write_text(json_file, json.dumps(_as_json(results, place, dtype, impl), indent=2, allow_nan=False) + "\n")
     return any(r.verdict == "passed" for r in results) and not any(r.verdict == "failed" for r in results)
