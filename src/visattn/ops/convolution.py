@@ -360,6 +360,12 @@ def conv2d_relu(
     numbers = (stride, padding, dilation, groups)
     if not recording(x, weight, scale, shift) and _choice(x, weight, shift, numbers) == "native":
         return kernels.convolve_relu(x, weight, scale, shift, kernels.Geometry(*numbers))
-    weight = weight if scale is None else weight * scale[:, None, None, None]
-    out = F.relu_(_auto(x, weight, shift, *numbers))
+    if scale is None:
+        out = _auto(x, weight, shift, *numbers)
+    elif weight.numel() * stride**2 < x[:, :1].numel() * len(weight):
+        out = _auto(x, weight * scale[:, None, None, None], shift, *numbers)
+    else:  # the map is smaller than the weight
+        out = _auto(x, weight, None, *numbers).mul_(scale[:, None, None])
+        out = out if shift is None else out.add_(shift[:, None, None])
+    out = F.relu_(out)
     return out, out.sum(dim=(2, 3), dtype=torch.promote_types(out.dtype, torch.float32))
