@@ -245,9 +245,9 @@ def best_form(
 
 
 def _choice(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[int, int, int, int]) -> str:
-    if not eager(x, weight, bias):
-        return "reference"
     stride, _, _, groups = numbers
+    if not eager(x, weight, bias) or x.dim() != 4 or x.shape[1] != weight.shape[1] * groups or len(weight) % groups:
+        return "reference"  # which says what is wrong with sizes that do not fit
     exact = precise(*(tensor for tensor in (x, weight, bias) if tensor is not None))
     name = best_form(
         x.device.type,
