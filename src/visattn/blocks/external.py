@@ -246,7 +246,7 @@ class ExternalAttention2d(Block):
         tie_memory: One memory, `Mv = Mk^T`; otherwise two separate ones.
         norm_layer: Builds the norm from a channel count.
         eps: Added to the sum over slots.
-        impl: "auto", "reference", "plain" or "buffered", see `visattn.ops.external.external_residual_2d`.
+        impl: "auto", "reference", "plain", "buffered" or "native", see `visattn.ops.external.external_residual_2d`.
         device: Where parameters live.
         dtype: Type of the parameters.
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visattn import native
 from visattn.errors import check
+from visattn.native import products
 from visattn.ops._shared import (
     again,
     choose,
@@ -23,6 +25,7 @@ from visattn.ops._shared import (
     empty_map,
     full_precision,
     need_eager,
+    need_library,
     precise,
     recording,
     upcast,
@@ -229,24 +232,63 @@ def _into_slots(query_weight: Tensor, query_bias: Tensor | None, key_memory: Ten
     return into_slots
 
 
-def _attend(x: Tensor, into_slots: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+class _Products(NamedTuple):
+    """Who multiplies a map with the small matrices.
+
+    Attributes:
+        product: `a @ b + addend + bias[:, None]`, then ReLU if wanted; either a or b has a batch.
+        product_sum: `(a @ b).sum(dim=0)`.
+    """
+
+    product: Callable[..., Tensor]
+    product_sum: Callable[[Tensor, Tensor], Tensor]
+
+
+def _product(
+    a: Tensor,
+    b: Tensor,
+    *,
+    addend: Tensor | None = None,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    if addend is None or out is None:
+        return torch.matmul(a, b)
+    # The product starts from what is added: with one term for each slot it is short enough to lose nothing by it.
+    if bias is not None:
+        torch.add(addend, bias[:, None], out=out)
+    torch.baddbmm(addend if bias is None else out, a.expand(b.shape[0], -1, -1), b, out=out)
+    return out.relu_() if relu else out
+
+
+_TORCH = _Products(_product, lambda a, b: torch.bmm(a, b).sum(dim=0))
+_NATIVE = _Products(products.product, products.product_sum)
+
+
+def _products(x: Tensor) -> _Products:
+    """The kernels in C where they are compiled and know the tensor."""
+    known = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
+    return _NATIVE if known and native.library() is not None else _TORCH
+
+
+def _attend(x: Tensor, into_slots: Tensor, eps: float, by: _Products) -> tuple[Tensor, Tensor]:
     """The attention (B, S, N) and, for its gradient, what each position was divided by (B, 1, N)."""
-    logits = torch.matmul(into_slots, x)
+    logits = by.product(into_slots, x)
     attention = torch.softmax(logits, -1, out=logits)
     total = attention.sum(dim=-2, keepdim=True).add_(eps)
     return attention.div_(total), total
 
 
-def external_residual_eval(x: Tensor, into_slots: Tensor, out_of_slots: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """`relu(x + shift + V A)`, the map written once.
-
-    The product starts from `x + shift`: with one term for each slot it is short enough to lose nothing by it.
-    """
+def external_residual_eval(
+    x: Tensor, into_slots: Tensor, out_of_slots: Tensor, shift: Tensor, eps: float, by: _Products | None = None
+) -> Tensor:
+    """`relu(x + shift + V A)`, the map written once."""
+    by = _products(x) if by is None else by
     out, flat_out = empty_map(x)
-    attention, _ = _attend(x.flatten(2), into_slots, eps)
-    torch.add(x.flatten(2), shift[:, None], out=flat_out)
-    torch.baddbmm(flat_out, out_of_slots.expand(x.shape[0], -1, -1), attention, out=flat_out)
-    return out.relu_()
+    attention, _ = _attend(x.flatten(2), into_slots, eps, by)
+    by.product(out_of_slots, attention, addend=x.flatten(2), bias=shift, relu=True, out=flat_out)
+    return out
 
 
 def _variance(out_of_slots: Tensor, covariance: Tensor) -> Tensor:
@@ -277,23 +319,22 @@ class _ResidualTrain(torch.autograd.Function):
         bias: Tensor,
         eps: float,
         norm_eps: float,
+        by: _Products,
     ) -> tuple[Tensor, Tensor, Tensor]:
         flat = x.flatten(2)
-        attention, total = _attend(flat, into_slots, eps)
+        attention, total = _attend(flat, into_slots, eps, by)
         mean = attention.mean(dim=(0, 2))
         centred = attention - mean[:, None]
         count = flat.shape[0] * flat.shape[2]
-        covariance = torch.bmm(centred, centred.transpose(1, 2)).sum(dim=0).div_(count)
+        covariance = by.product_sum(centred, centred.transpose(1, 2)).div_(count)
         values = _scaled(out_of_slots, covariance, weight, norm_eps)
         out, flat_out = empty_map(x)
-        torch.add(flat, bias[:, None], out=flat_out)
-        torch.baddbmm(flat_out, values.expand(flat.shape[0], -1, -1), centred, out=flat_out)
-        out.relu_()
+        by.product(values, centred, addend=flat, bias=bias, relu=True, out=flat_out)
         variance = _variance(out_of_slots, covariance)
         ctx.save_for_backward(
             x, into_slots, out_of_slots, weight, bias, out, attention, total, centred, covariance, values
         )
-        ctx.eps, ctx.norm_eps = eps, norm_eps
+        ctx.eps, ctx.norm_eps, ctx.by = eps, norm_eps, by
         means = out_of_slots @ mean
         ctx.mark_non_differentiable(means, variance)
         return out, means, variance
@@ -310,21 +351,21 @@ class _ResidualTrain(torch.autograd.Function):
                 ctx.needs_input_grad[:5],
                 gradient,
             )
-            return (*plain, None, None)
+            return (*plain, None, None, None)
+        by: _Products = ctx.by
         with full_precision(x):
             flat = x.flatten(2)
-            batch, count = flat.shape[0], flat.shape[0] * flat.shape[2]
+            count = flat.shape[0] * flat.shape[2]
             d_x, d_flat = empty_map(x)
             torch.ops.aten.threshold_backward.grad_input(gradient, out, 0, grad_input=d_x)
             d_bias = d_flat.sum(dim=(0, 2))
-            d_values = torch.bmm(d_flat, centred.transpose(1, 2)).sum(dim=0)
+            d_values = by.product_sum(d_flat, centred.transpose(1, 2))
             with torch.enable_grad():  # through the matrices of C x S and S x S alone
                 small = [tensor.detach().requires_grad_() for tensor in (out_of_slots, covariance, weight)]
                 scaled = _scaled(small[0], small[1], small[2], ctx.norm_eps)
                 d_out_of_slots, d_covariance, d_weight = torch.autograd.grad(scaled, small, d_values)
-            d_attention = torch.matmul(values.t(), d_flat)
-            pull = ((d_covariance + d_covariance.t()) / count).expand(batch, -1, -1)
-            torch.baddbmm(d_attention, pull, centred, out=d_attention)
+            d_attention = by.product(values.t(), d_flat)
+            by.product((d_covariance + d_covariance.t()) / count, centred, addend=d_attention, out=d_attention)
             d_attention.sub_(d_attention.mean(dim=(0, 2))[:, None])
             # A = P / total with P the softmax over positions and total = eps + sum_S P
             d_attention.sub_((d_attention * attention).sum(dim=1, keepdim=True)).div_(total)
@@ -332,9 +373,9 @@ class _ResidualTrain(torch.autograd.Function):
             d_logits = torch.ops.aten._softmax_backward_data.out(
                 d_attention, softmax, -1, softmax.dtype, grad_input=d_attention
             )
-            d_into_slots = torch.bmm(d_logits, flat.transpose(1, 2)).sum(dim=0)
-            torch.baddbmm(d_flat, into_slots.t().expand(batch, -1, -1), d_logits, out=d_flat)
-        return d_x, d_into_slots, d_out_of_slots, d_weight, d_bias, None, None
+            d_into_slots = by.product_sum(flat, d_logits.transpose(1, 2)).t()
+            by.product(into_slots.t(), d_logits, addend=d_flat, out=d_flat)
+        return d_x, d_into_slots, d_out_of_slots, d_weight, d_bias, None, None, None
 
 
 def _train_plain(
@@ -352,16 +393,21 @@ def _residual_plain(
 
 
 def _residual_buffered(
-    x: Tensor, weights: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor], norm: BatchNorm, eps: float
+    x: Tensor,
+    weights: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
+    norm: BatchNorm,
+    eps: float,
+    impl: str = "buffered",
 ) -> Tensor:
-    need_eager("buffered", x, *weights, *norm[:4])
-    check(eps > 0, "impl='buffered'", "without eps a slot may have no weight at all", eps=eps)
+    need_eager(impl, x, *weights, *norm[:4])
+    check(eps > 0, f"impl={impl!r}", "without eps a slot may have no weight at all", eps=eps)
     count = x.shape[0] * x.shape[2] * x.shape[3]
     if norm.training and count == 1:
         return _residual_plain(x, weights, norm, eps)  # torch's batch norm raises
     dtype = x.dtype
     with full_precision(x):
         x = upcast(x)
+        by = _TORCH if impl == "buffered" else _products(x)
         query_weight, key_memory, value_memory, out_weight, weight, bias = (
             tensor.to(x.dtype) for tensor in (weights[0], *weights[2:], norm.weight, norm.bias)
         )
@@ -369,7 +415,7 @@ def _residual_buffered(
         into_slots = _into_slots(query_weight, query_bias, key_memory)
         if norm.training:
             out_of_slots = out_weight.flatten(1) @ value_memory
-            out, mean, variance = _ResidualTrain.apply(x, into_slots, out_of_slots, weight, bias, eps, norm.eps)
+            out, mean, variance = _ResidualTrain.apply(x, into_slots, out_of_slots, weight, bias, eps, norm.eps, by)
             with torch.no_grad():
                 norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
                 norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
@@ -378,9 +424,16 @@ def _residual_buffered(
         out_of_slots = (out_weight.flatten(1) * scale[:, None]) @ value_memory
         shift = bias - norm.running_mean.to(x.dtype) * scale
         if not recording(x, into_slots, out_of_slots, shift):
-            return external_residual_eval(x, into_slots, out_of_slots, shift, eps).to(dtype)
+            return external_residual_eval(x, into_slots, out_of_slots, shift, eps, by).to(dtype)
         attention = _double_normalize(torch.matmul(into_slots, x.flatten(2)), eps)
         return F.relu(x + shift[:, None, None] + torch.matmul(out_of_slots, attention).view(x.shape)).to(dtype)
+
+
+def _residual_native(
+    x: Tensor, weights: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor], norm: BatchNorm, eps: float
+) -> Tensor:
+    need_library("native", x)
+    return _residual_buffered(x, weights, norm, eps, "native")
 
 
 def _residual(
@@ -388,7 +441,7 @@ def _residual(
 ) -> Tensor:
     given = [tensor for tensor in (x, *weights, *norm[:4]) if tensor is not None]
     if eps > 0 and eager(*given) and precise(*given):
-        return _residual_buffered(x, weights, norm, eps)
+        return _residual_buffered(x, weights, norm, eps, "auto")
     return _residual_plain(x, weights, norm, eps)
 
 
@@ -397,6 +450,7 @@ _RESIDUAL = {
     "reference": _residual_reference,
     "plain": _residual_plain,
     "buffered": _residual_buffered,
+    "native": _residual_native,
 }
 IMPLEMENTATIONS = tuple(_RESIDUAL)
 
@@ -425,13 +479,14 @@ def external_residual_2d(
         norm: The batch norm's tensors and numbers; its running statistics are updated in training.
         eps: See `double_normalize`.
         impl: "auto"; "reference"; "plain", the small matrices multiplied first; "buffered", the batch norm made part of
-            them too and the map written once, not for compilers.
+            them too and the map written once, not for compilers; "native", the same on a CPU with the products of
+            contiguous maps in C where numbers are float32, after upcasting.
 
     Returns:
         (B, C, H, W).
 
     Raises:
-        ValueError: Unknown `impl`.
+        ValueError: Unknown `impl`, or one that cannot serve the arguments.
 
     Example:
         >>> w, ones, zeros = torch.randn(6, 6, 1, 1), torch.ones(6), torch.zeros(6)

@@ -1,0 +1,229 @@
+// Matrix products with one short side, as the memories of external attention make them:
+//
+//   out[i] = a[i] b[i] (+ addend[i] + bias[:, None], and relu), or their sum over i.
+//
+// A block of b is packed once, so that a tile of 4 rows and up to 3 vectors of columns reads it in one stream; a is read
+// as it lies, one number at a time. Sums over the depth are made of parts of DEPTH terms.
+#include "common.h"
+
+enum { TALL = 4, WIDE = 3, DEPTH = 256, ROWS = 64, WIDTH = 8 * WIDE * LANES, AHEAD = 8 };
+
+typedef struct {
+  num count, rows, columns, depth;
+  const float *a;
+  num a_next, a_row;
+  const float *b;
+  num b_next, b_row;
+  bool b_turned;  // b[i] is given as (columns, depth)
+  float *out;
+  const float *addend, *bias;
+  bool relu, adds;  // adds: to what the output holds
+  num parts, chunks, blocks, width;  // parts of all chunks of the depth, each with an output; blocks of columns
+  loop steps;
+} product;
+
+// What a tile of the output becomes of its sums; `first`: nothing has been added up yet.
+typedef struct {
+  float *out;
+  const float *addend, *bias;
+  num row;  // from one row of the output to the next
+  bool first, relu;
+} target;
+
+INLINE num vectors(num left) { return left == WIDE + 1 ? 2 : least(left, WIDE); }  // one alone would leave units idle
+
+INLINE void turn(vec x[LANES]) {  // transposes
+  vec y[LANES];
+  UNROLL for (int i = 0; i < 4; i++) {
+    int j = i / 2 * 4 + i % 2;
+    y[2 * i] = __builtin_shufflevector(x[j], x[j + 2], 0, 8, 1, 9, 4, 12, 5, 13);
+    y[2 * i + 1] = __builtin_shufflevector(x[j], x[j + 2], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  vec z[LANES];
+  UNROLL for (int i = 0; i < 2; i++) UNROLL for (int j = 0; j < 2; j++) {
+    z[4 * i + 2 * j] = __builtin_shufflevector(y[4 * i + j], y[4 * i + 2 + j], 0, 8, 1, 9, 4, 12, 5, 13);
+    z[4 * i + 2 * j + 1] = __builtin_shufflevector(y[4 * i + j], y[4 * i + 2 + j], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    x[i] = __builtin_shufflevector(z[i], z[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    x[i + 4] = __builtin_shufflevector(z[i], z[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+INLINE vec load_some(const float *from, num count) {
+  if (count >= LANES) return load(from);
+  vec x = all(0);
+  if (count > 0) memcpy(&x, from, 4 * (size_t)(count % LANES));
+  return x;
+}
+
+INLINE void store_some(float *to, vec x, num count) {
+  if (count >= LANES) store(to, x);
+  else if (count > 0) memcpy(to, &x, 4 * (size_t)(count % LANES));
+}
+
+// Panels of up to WIDE vectors, each (depth, width of the panel), filled up with zeros.
+static void pack(float *to, const float *b, num row, num depth, num columns) {
+  for (num k = 0; k < depth; k++, b += row) {
+    float *panel = to + k * WIDE * LANES;
+    for (num i = 0; i < columns; i += 16) __builtin_prefetch(b + AHEAD * row + i);
+    num left = columns;
+    for (; left > (WIDE + 1) * LANES; left -= WIDE * LANES, panel += depth * WIDE * LANES)
+      UNROLL for (int v = 0; v < WIDE; v++) store(panel + v * LANES, load(b + columns - left + v * LANES));
+    panel -= k * WIDE * LANES;
+    while (left > 0) {
+      num wide = vectors(share(left, LANES));
+      for (num v = 0; v < wide; v++)
+        store(panel + (k * wide + v) * LANES, load_some(b + columns - left + v * LANES, left - v * LANES));
+      panel += depth * wide * LANES;
+      left -= wide * LANES;
+    }
+  }
+}
+
+static void pack_turned(float *to, const float *b, num row, num depth, num columns) {
+  for (num left = columns; left > 0;) {
+    num wide = vectors(share(left, LANES));
+    for (num v = 0; v < wide; v++) {
+      num have = least(LANES, left - v * LANES);
+      for (num k = 0; k < depth; k += LANES) {
+        vec x[LANES];
+        UNROLL for (int j = 0; j < LANES; j++)
+          x[j] = j < have ? load_some(b + (v * LANES + j) * row + k, depth - k) : all(0);
+        turn(x);
+        UNROLL for (int j = 0; j < LANES; j++) if (k + j < depth) store(to + ((k + j) * wide + v) * LANES, x[j]);
+      }
+    }
+    to += depth * wide * LANES;
+    b += wide * LANES * row;
+    left -= wide * LANES;
+  }
+}
+
+INLINE vec positive(vec x) { return (vec)((ivec)x & ~(x < all(0))); }  // NaN stays
+
+// A tile of `rows` by `columns`, both constants where it is a whole one.
+INLINE void tile(const int wide, const float *a, num a_row, const float *panel, num depth, const target *t,
+                 const num rows, const num columns) {
+  vec sums[TALL * WIDE];
+  UNROLL for (int i = 0; i < TALL * WIDE; i++) sums[i] = all(0);
+  const float *lines[TALL];  // of rows that are not there: the last one again
+  UNROLL for (int r = 0; r < TALL; r++) lines[r] = a + least(r, rows - 1) * a_row;
+  UNROLL for (int r = 0; r < TALL; r++) {
+    num at = least(r, rows - 1) * t->row;
+    UNROLL for (int i = 0; i < 2; i++) {
+      __builtin_prefetch(t->out + at + i * (LANES * wide - 1), 1);
+      if (t->addend) __builtin_prefetch(t->addend + at + i * (LANES * wide - 1));
+    }
+  }
+  for (num k = 0; k < depth; k++) {
+    vec b[WIDE];
+    UNROLL for (int v = 0; v < wide; v++) b[v] = load(panel + (k * wide + v) * LANES);
+    UNROLL for (int r = 0; r < TALL; r++) {
+      vec x = all(lines[r][k]);
+      UNROLL for (int v = 0; v < wide; v++) sums[r * WIDE + v] += x * b[v];
+    }
+  }
+  // Every pass over the tile is one of constant bounds, so that the sums stay in registers.
+#define EACH(change)                                                                         \
+  UNROLL for (int r = 0; r < TALL; r++) UNROLL for (int v = 0; v < wide; v++) {              \
+    vec *x = &sums[r * WIDE + v];                                                            \
+    if (r < rows) change;                                                                    \
+  }
+  num row = t->row;
+  if (!t->first) EACH(*x += load_some(t->out + r * row + v * LANES, columns - v * LANES))
+  if (t->bias) EACH(*x += all(t->bias[r]))
+  if (t->addend) EACH(*x += load_some(t->addend + r * row + v * LANES, columns - v * LANES))
+  if (t->relu) EACH(*x = positive(*x))
+  EACH(store_some(t->out + r * row + v * LANES, *x, columns - v * LANES))
+#undef EACH
+}
+
+static void tiles(num wide, const float *a, num a_row, const float *panel, num depth, target t, num rows, num columns) {
+  for (; rows > 0; rows -= TALL, a += TALL * a_row) {
+    num tall = least(TALL, rows);
+    bool whole = tall == TALL && columns >= wide * LANES;
+    if (whole && wide == 3) tile(3, a, a_row, panel, depth, &t, TALL, 3 * LANES);
+    else if (whole && wide == 2) tile(2, a, a_row, panel, depth, &t, TALL, 2 * LANES);
+    else if (wide == 3) tile(3, a, a_row, panel, depth, &t, tall, columns);
+    else if (wide == 2) tile(2, a, a_row, panel, depth, &t, tall, columns);
+    else tile(1, a, a_row, panel, depth, &t, tall, columns);
+    t.out += TALL * t.row;
+    if (t.addend) t.addend += TALL * t.row;
+    if (t.bias) t.bias += TALL;
+  }
+}
+
+static void block(const product *p, num part, num start, float *packed) {
+  num columns = least(p->width, p->columns - start), per = share(p->depth, DEPTH);
+  num from = part * p->chunks / p->parts, to = (part + 1) * p->chunks / p->parts;
+  for (num chunk = from; chunk < to; chunk++) {
+    num item = chunk / per, k = chunk % per * DEPTH, depth = least(DEPTH, p->depth - k);
+    const float *a = p->a + item * p->a_next + k, *b = p->b + item * p->b_next;
+    if (p->b_turned) pack_turned(packed, b + start * p->b_row + k, p->b_row, depth, columns);
+    else pack(packed, b + k * p->b_row + start, p->b_row, depth, columns);
+    for (num i = 0; i < p->rows; i += ROWS) {
+      num at = (part * p->rows + i) * p->columns + start;
+      const float *panel = packed;
+      for (num left = columns; left > 0;) {
+        num wide = vectors(share(left, LANES)), here = at + columns - left;
+        target t = {p->out + here, NULL, NULL, p->columns, chunk == from && !p->adds, false};
+        if (chunk == to - 1) {
+          t.addend = p->addend ? p->addend + here : NULL;
+          t.bias = p->bias ? p->bias + i : NULL;
+          t.relu = p->relu;
+        }
+        tiles(wide, a + i * p->a_row, p->a_row, panel, depth, t, least(ROWS, p->rows - i), left);
+        panel += depth * wide * LANES;
+        left -= wide * LANES;
+      }
+    }
+  }
+}
+
+static void work(void *data) {
+  product *p = data;
+  float *packed = numbers(least(DEPTH, p->depth) * (p->width + LANES));
+  if (packed == NULL) p->steps.failed = true;
+  else
+    for (num step; (step = take(&p->steps)) < p->steps.count;)
+      block(p, step / p->blocks, step % p->blocks * p->width, packed);
+  free(packed);
+}
+
+static bool run(product *p, num threads) {
+  p->chunks = p->count * share(p->depth, DEPTH);
+  num wanted = least(share(2 * threads, p->parts), share(p->columns, WIDE * LANES));
+  p->blocks = most(wanted, share(p->columns, WIDTH));
+  p->width = share(share(p->columns, p->blocks), LANES) * LANES;
+  p->steps = (loop){.count = p->parts * p->blocks};
+  GOMP_parallel(work, p, (unsigned)least(threads, p->steps.count), 0);
+  return p->steps.failed;
+}
+
+// out (count, rows, columns) = a (count, rows, depth) b (count, depth, columns) + addend + bias; addend may be out.
+PUBLIC int product_each(num count, num rows, num columns, num depth, const float *a, num a_next, num a_row,
+                        const float *b, num b_next, num b_row, int b_turned, float *out, const float *addend,
+                        const float *bias, int relu, num threads) {
+  product p = {count, rows, columns, depth, a, a_next, a_row, b, b_next, b_row, b_turned,
+               out, addend == out ? NULL : addend, bias, relu, addend == out, .parts = count};
+  return run(&p, threads);
+}
+
+// out (rows, columns) = sum over i of a[i] b[i], made of as many parts as keep all threads at work.
+PUBLIC int product_sum(num count, num rows, num columns, num depth, const float *a, num a_next, num a_row,
+                       const float *b, num b_next, num b_row, int b_turned, float *out, num threads) {
+  product p = {count, rows, columns, depth, a, a_next, a_row, b, b_next, b_row, b_turned,
+               .parts = least(2 * threads, count * share(depth, DEPTH))};
+  num size = rows * columns;
+  p.out = numbers(p.parts * size);
+  if (p.out == NULL) return 1;
+  bool failed = run(&p, threads);
+  for (num i = 0; i < size && !failed; i++) {
+    float sum = p.out[i];
+    for (num part = 1; part < p.parts; part++) sum += p.out[part * size + i];
+    out[i] = sum;
+  }
+  free(p.out);
+  return failed;
+}

@@ -1,0 +1,110 @@
+"""The matrix products in C against torch in float64: odd sizes, strides, and numbers that are none."""
+
+import itertools
+
+import pytest
+import torch
+
+from visattn import native
+from visattn.native.products import product, product_sum
+from visattn.testing.tolerance import assert_close_to_exact
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="visattn was installed without a C compiler")
+
+SIZES = [  # batch, rows, columns, depth
+    (1, 1, 1, 1),
+    (2, 3, 5, 7),
+    (3, 67, 13, 2),
+    (2, 5, 197, 64),
+    (1, 13, 11, 1031),
+    (5, 64, 33, 257),
+    (2, 129, 401, 66),
+    (1, 7, 97, 23),
+]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def laid_out(x, how):
+    """The same numbers with rows side by side, columns side by side, or neither."""
+    if how == "rows":
+        return x.contiguous()
+    if how == "columns":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    wide = x.new_full((*x.shape[:-1], 3 * x.shape[-1]), torch.nan)
+    wide[..., ::3] = x
+    return wide[..., ::3]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_product(size, threads):
+    batch, rows, columns, depth = size
+    layouts = itertools.product(("rows", "columns", "strided"), repeat=2)
+    for (how_a, how_b), batched in itertools.product(layouts, ("a", "b", "ab")):
+        a = normal(*([batch] if "a" in batched else []), rows, depth, seed=1)
+        b = normal(*([batch] if "b" in batched else []), depth, columns, seed=2)
+        addend, bias = normal(batch, rows, columns, seed=3), normal(rows, seed=4)
+        exact = a.double() @ b.double()
+        label = f"{how_a} {how_b} {batched}"
+        assert_close_to_exact(product(laid_out(a, how_a), laid_out(b, how_b)), exact, a @ b, label)
+        exact = (exact + addend.double() + bias.double()[:, None]).relu()
+        plain = (a @ b + addend + bias[:, None]).relu()
+        out = torch.full_like(addend, torch.nan)
+        got = product(laid_out(a, how_a), laid_out(b, how_b), addend=addend, bias=bias, relu=True, out=out)
+        assert got is out
+        assert_close_to_exact(out, exact, plain, label)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_added_may_be_the_output(size, threads):
+    batch, rows, columns, depth = size
+    a, b, out = normal(rows, depth, seed=1), normal(batch, depth, columns, seed=2), normal(batch, rows, columns)
+    exact, plain = out.double() + a.double() @ b.double(), out + a @ b
+    assert_close_to_exact(product(a, b, addend=out, out=out), exact, plain)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_product_sum(size, threads):
+    batch, rows, columns, depth = size
+    for how_a, how_b in itertools.product(("rows", "columns", "strided"), repeat=2):
+        a, b = normal(batch, rows, depth, seed=1), normal(batch, depth, columns, seed=2)
+        exact, plain = (a.double() @ b.double()).sum(dim=0), (a @ b).sum(dim=0)
+        got = product_sum(laid_out(a, how_a), laid_out(b, how_b))
+        assert_close_to_exact(got, exact, plain, f"{how_a} {how_b}")
+        assert torch.equal(got, product_sum(laid_out(a, how_a), laid_out(b, how_b))), "the same sums every time"
+
+
+def test_a_long_sum_keeps_its_digits():
+    a, b = torch.rand(1, 3, 100_003), torch.rand(1, 100_003, 5)
+    exact = (a.double() @ b.double())[0]
+    assert ((product_sum(a, b) - exact).abs() / exact).max() < 1e-5
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["a", "b", "addend", "bias"])
+def test_numbers_that_are_none_go_where_torch_takes_them(where, value):
+    given = {"a": normal(5, 11), "b": normal(2, 11, 29), "addend": normal(2, 5, 29), "bias": normal(5)}
+    given[where].view(-1)[7 % given[where].numel()] = value
+    a, b, addend, bias = given.values()
+    plain = (a @ b + addend + bias[:, None]).relu()
+    got = product(a, b, addend=addend, bias=bias, relu=True)
+    assert torch.equal(got.isnan(), plain.isnan())
+    assert torch.allclose(got, plain, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_nothing_is_written_beside_the_output():
+    memory = torch.full((1000,), 7.0)
+    out = memory[10 : 10 + 3 * 5 * 13].view(3, 5, 13)
+    product(normal(5, 17), normal(3, 17, 13), out=out)
+    assert (memory[:10] == 7).all()
+    assert (memory[10 + out.numel() :] == 7).all()
