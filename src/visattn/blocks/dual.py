@@ -125,7 +125,7 @@ class ChannelAttention(Block):
         channels: Channels C of the map.
         inverted: The authors' code (the most alike channels get the least weight), which their checkpoints need;
             False is the paper's equation `softmax(E)`.
-        impl: "auto", "reference", "plain" or "buffered", see `visattn.ops.dual.channel_residual`.
+        impl: "auto", "reference", "plain", "buffered" or "native", see `visattn.ops.dual.channel_residual`.
         device: Where parameters live.
         dtype: Type of the parameters.
 

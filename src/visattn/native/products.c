@@ -6,7 +6,7 @@
 // as it lies, one number at a time. Sums over the depth are made of parts of DEPTH terms.
 #include "common.h"
 
-enum { TALL = 4, WIDE = 3, DEPTH = 256, ROWS = 64, WIDTH = 8 * WIDE * LANES, AHEAD = 8 };
+enum { TALL = 4, WIDE = 3, DEPTH = 256, ROWS = 64, WIDTH = 4 * WIDE * LANES, AHEAD = 8, LINE = 16 };
 
 typedef struct {
   num count, rows, columns, depth;
@@ -17,7 +17,7 @@ typedef struct {
   bool b_turned;  // b[i] is given as (columns, depth)
   float *out;
   const float *addend, *bias;
-  bool relu, adds;  // adds: to what the output holds
+  bool relu, adds, symmetric;  // adds: to what the output holds; symmetric: half of the output follows from the other
   num parts, chunks, blocks, width;  // parts of all chunks of the depth, each with an output; blocks of columns
   loop steps;
 } product;
@@ -66,7 +66,7 @@ INLINE void store_some(float *to, vec x, num count) {
 static void pack(float *to, const float *b, num row, num depth, num columns) {
   for (num k = 0; k < depth; k++, b += row) {
     float *panel = to + k * WIDE * LANES;
-    for (num i = 0; i < columns; i += 16) __builtin_prefetch(b + AHEAD * row + i);
+    for (num i = 0; i < columns; i += LINE) __builtin_prefetch(b + AHEAD * row + i);
     num left = columns;
     for (; left > (WIDE + 1) * LANES; left -= WIDE * LANES, panel += depth * WIDE * LANES)
       UNROLL for (int v = 0; v < WIDE; v++) store(panel + v * LANES, load(b + columns - left + v * LANES));
@@ -116,12 +116,15 @@ INLINE void tile(const int wide, const float *a, num a_row, const float *panel, 
       if (t->addend) __builtin_prefetch(t->addend + at + i * (LANES * wide - 1));
     }
   }
-  for (num k = 0; k < depth; k++) {
-    vec b[WIDE];
-    UNROLL for (int v = 0; v < wide; v++) b[v] = load(panel + (k * wide + v) * LANES);
-    UNROLL for (int r = 0; r < TALL; r++) {
-      vec x = all(lines[r][k]);
-      UNROLL for (int v = 0; v < wide; v++) sums[r * WIDE + v] += x * b[v];
+  for (num k = 0; k < depth;) {
+    UNROLL for (int r = 0; r < TALL; r++) __builtin_prefetch(lines[r] + TALL * a_row + k);
+    for (num stop = least(k + LINE, depth); k < stop; k++) {
+      vec b[WIDE];
+      UNROLL for (int v = 0; v < wide; v++) b[v] = load(panel + (k * wide + v) * LANES);
+      UNROLL for (int r = 0; r < TALL; r++) {
+        vec x = all(lines[r][k]);
+        UNROLL for (int v = 0; v < wide; v++) sums[r * WIDE + v] += x * b[v];
+      }
     }
   }
   // Every pass over the tile is one of constant bounds, so that the sums stay in registers.
@@ -156,13 +159,14 @@ static void tiles(num wide, const float *a, num a_row, const float *panel, num d
 
 static void block(const product *p, num part, num start, float *packed) {
   num columns = least(p->width, p->columns - start), per = share(p->depth, DEPTH);
+  num rows = p->symmetric ? start + columns : p->rows;
   num from = part * p->chunks / p->parts, to = (part + 1) * p->chunks / p->parts;
   for (num chunk = from; chunk < to; chunk++) {
     num item = chunk / per, k = chunk % per * DEPTH, depth = least(DEPTH, p->depth - k);
     const float *a = p->a + item * p->a_next + k, *b = p->b + item * p->b_next;
     if (p->b_turned) pack_turned(packed, b + start * p->b_row + k, p->b_row, depth, columns);
     else pack(packed, b + k * p->b_row + start, p->b_row, depth, columns);
-    for (num i = 0; i < p->rows; i += ROWS) {
+    for (num i = 0; i < rows; i += ROWS) {
       num at = (part * p->rows + i) * p->columns + start;
       const float *panel = packed;
       for (num left = columns; left > 0;) {
@@ -173,12 +177,16 @@ static void block(const product *p, num part, num start, float *packed) {
           t.bias = p->bias ? p->bias + i : NULL;
           t.relu = p->relu;
         }
-        tiles(wide, a + i * p->a_row, p->a_row, panel, depth, t, least(ROWS, p->rows - i), left);
+        tiles(wide, a + i * p->a_row, p->a_row, panel, depth, t, least(ROWS, rows - i), left);
         panel += depth * wide * LANES;
         left -= wide * LANES;
       }
     }
   }
+  float *out = p->out + part * p->rows * p->columns;
+  if (p->symmetric)
+    for (num j = start; j < start + columns; j++)
+      for (num i = 0; i < start; i++) out[j * p->columns + i] = out[i * p->columns + j];
 }
 
 static void work(void *data) {
@@ -187,7 +195,7 @@ static void work(void *data) {
   if (packed == NULL) p->steps.failed = true;
   else
     for (num step; (step = take(&p->steps)) < p->steps.count;)
-      block(p, step / p->blocks, step % p->blocks * p->width, packed);
+      block(p, step / p->blocks, (p->blocks - 1 - step % p->blocks) * p->width, packed);  // the longest first
   free(packed);
 }
 
@@ -196,6 +204,7 @@ static bool run(product *p, num threads) {
   num wanted = least(share(2 * threads, p->parts), share(p->columns, WIDE * LANES));
   p->blocks = most(wanted, share(p->columns, WIDTH));
   p->width = share(share(p->columns, p->blocks), LANES) * LANES;
+  p->blocks = share(p->columns, p->width);
   p->steps = (loop){.count = p->parts * p->blocks};
   GOMP_parallel(work, p, (unsigned)least(threads, p->steps.count), 0);
   return p->steps.failed;
@@ -204,9 +213,9 @@ static bool run(product *p, num threads) {
 // out (count, rows, columns) = a (count, rows, depth) b (count, depth, columns) + addend + bias; addend may be out.
 PUBLIC int product_each(num count, num rows, num columns, num depth, const float *a, num a_next, num a_row,
                         const float *b, num b_next, num b_row, int b_turned, float *out, const float *addend,
-                        const float *bias, int relu, num threads) {
+                        const float *bias, int relu, int symmetric, num threads) {
   product p = {count, rows, columns, depth, a, a_next, a_row, b, b_next, b_row, b_turned,
-               out, addend == out ? NULL : addend, bias, relu, addend == out, .parts = count};
+               out, addend == out ? NULL : addend, bias, relu, addend == out, symmetric, .parts = count};
   return run(&p, threads);
 }
 

@@ -47,14 +47,18 @@ def product(
     addend: Tensor | None = None,
     bias: Tensor | None = None,
     relu: bool = False,
+    symmetric: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`a @ b + addend + bias[:, None]`, then ReLU if wanted, of (B, M, K) and (B, K, N); one may have no batch."""
+    """`a @ b + addend + bias[:, None]`, then ReLU if wanted, of (B, M, K) and (B, K, N); one may have no batch.
+
+    Of a product that is known to be symmetric half is computed, of one without anything added.
+    """
     out = a.new_empty(_count(a, b), a.shape[-2], b.shape[-1]) if out is None else out
     assert addend is None or (addend.is_contiguous() and addend.shape == out.shape)
     bias = None if bias is None else bias.contiguous()
     others = [None if x is None else x.data_ptr() for x in (addend, bias)]
-    _run("product_each", a, b, out, [_POINTER, _POINTER, _FLAG], *others, relu)
+    _run("product_each", a, b, out, [_POINTER, _POINTER, _FLAG, _FLAG], *others, relu, symmetric)
     return out
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visattn.ops._attention import KEPT, PIECE, attend_fused, attend_in_pieces
+from visattn.ops._products import NATIVE, TORCH, Products, best_products
 from visattn.ops._shared import (
     again,
     choose,
@@ -22,6 +23,7 @@ from visattn.ops._shared import (
     empty_map,
     full_precision,
     need_eager,
+    need_library,
     precise,
     recording,
     upcast,
@@ -219,21 +221,6 @@ def position_residual(
     return _position_residual_plain(x, query, key, value, gamma, attention)
 
 
-def _gram(flat: Tensor) -> Tensor:
-    """`X X^T` of (B, C, N); of large ones only what lies on and above the diagonal blocks is computed."""
-    channels = flat.shape[1]
-    if flat.device.type != "cpu" or channels < 256:
-        return flat @ flat.transpose(1, 2)
-    out = flat.new_empty(flat.shape[0], channels, channels)
-    step = -(-channels // 4)
-    for x, energies in zip(flat, out, strict=True):
-        for start in range(0, channels, step):
-            rows = slice(start, start + step)
-            torch.mm(x[rows], x[start:].t(), out=energies[rows, start:])
-            energies[start + step :, rows] = energies[rows, start + step :].t()
-    return out
-
-
 def channel_weights(x: Tensor, *, inverted: bool = True) -> Tensor:
     """The channel-to-channel matrix (B, C, C) of `channel_attention`, in float32 for 16-bit inputs, autocast or not."""
     flat = upcast(x.flatten(2))
@@ -287,18 +274,21 @@ def _channel_residual_plain(x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
     return gamma * _channel(x, inverted) + x
 
 
-def _weights_of(flat: Tensor, inverted: bool) -> Tensor:
+def _weights_of(flat: Tensor, inverted: bool, by: Products) -> Tensor:
     """`A`, (B, C, C)."""
-    energies = _gram(flat)
+    energies = by.gram(flat)
     return torch.softmax(energies.neg_() if inverted else energies, -1, out=energies)
 
 
-def _add_mixed(mixing: Tensor, flat: Tensor, like: Tensor) -> Tensor:
+def _add_mixed(mixing: Tensor, flat: Tensor, like: Tensor, by: Products) -> Tensor:
     """`mixing @ flat + like` as a map like `like`.
 
     The map is added in the end: a sum of hundreds of small products that starts from it loses their digits.
     """
     out, flat_out = empty_map(like)
+    if by is NATIVE:
+        by.product(mixing, flat, addend=like.flatten(2), out=flat_out)
+        return out
     torch.bmm(mixing, flat, out=flat_out)
     return out.add_(like)
 
@@ -307,12 +297,12 @@ class _ChannelResidual(torch.autograd.Function):
     """`(gamma A) X + X`: gamma goes into the small matrix, and a gradient that has two sources is written once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, inverted: bool, by: Products) -> Tensor:
         flat = x.flatten(2)
-        attention = _weights_of(flat, inverted)
+        attention = _weights_of(flat, inverted, by)
         ctx.save_for_backward(x, gamma, attention)
-        ctx.inverted = inverted
-        return _add_mixed(gamma * attention, flat, x)
+        ctx.inverted, ctx.by = inverted, by
+        return _add_mixed(gamma * attention, flat, x, by)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -324,35 +314,47 @@ class _ChannelResidual(torch.autograd.Function):
                 ctx.needs_input_grad[:2],
                 gradient,
             )
-            return (*plain, None)
+            return (*plain, None, None)
+        by: Products = ctx.by
         with full_precision(x):
             flat, flat_gradient = x.flatten(2), gradient.flatten(2)
-            d_mixing = flat_gradient @ flat.transpose(1, 2)
+            d_mixing = by.product(flat_gradient, flat.transpose(1, 2))
             d_gamma = (d_mixing * attention).sum().view(gamma.shape)
             d_attention = d_mixing.mul_(-gamma if ctx.inverted else gamma)
             d_energies = torch.ops.aten._softmax_backward_data(d_attention, attention, -1, attention.dtype)
             d_x, d_flat = empty_map(x)
-            torch.bmm(d_energies + d_energies.transpose(1, 2), flat, out=d_flat)
-            torch.baddbmm(d_flat, (gamma * attention).transpose(1, 2), flat_gradient, out=d_flat)
-            d_x.add_(gradient)
-        return d_x, d_gamma, None
+            outer, inner = d_energies + d_energies.transpose(1, 2), (gamma * attention).transpose(1, 2)
+            if by is NATIVE:
+                by.product(outer, flat, addend=flat_gradient.contiguous(), out=d_flat)
+                by.product(inner, flat_gradient, addend=d_flat, out=d_flat)
+            else:
+                torch.bmm(outer, flat, out=d_flat)
+                torch.baddbmm(d_flat, inner, flat_gradient, out=d_flat)
+                d_x.add_(gradient)
+        return d_x, d_gamma, None, None
 
 
-def _channel_residual_buffered(x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
-    need_eager("buffered", x, gamma)
+def _channel_residual_buffered(x: Tensor, gamma: Tensor, inverted: bool, impl: str = "buffered") -> Tensor:
+    need_eager(impl, x, gamma)
     dtype, x = x.dtype, upcast(x)
+    by = TORCH if impl == "buffered" else best_products(x)
     gamma = gamma.to(x.dtype)
     with full_precision(x):
         if recording(x, gamma):
-            recorded: Tensor = _ChannelResidual.apply(x, gamma, inverted)
+            recorded: Tensor = _ChannelResidual.apply(x, gamma, inverted, by)
             return recorded.to(dtype)
         flat = x.flatten(2)
-        return _add_mixed(gamma * _weights_of(flat, inverted), flat, x).to(dtype)
+        return _add_mixed(gamma * _weights_of(flat, inverted, by), flat, x, by).to(dtype)
+
+
+def _channel_residual_native(x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
+    need_library("native", x)
+    return _channel_residual_buffered(x, gamma, inverted, "native")
 
 
 def _channel_residual(x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
     if eager(x, gamma) and precise(x, gamma):
-        return _channel_residual_buffered(x, gamma, inverted)
+        return _channel_residual_buffered(x, gamma, inverted, "auto")
     return _channel_residual_plain(x, gamma, inverted)
 
 
@@ -361,6 +363,7 @@ _CHANNEL = {
     "reference": _channel_residual_reference,
     "plain": _channel_residual_plain,
     "buffered": _channel_residual_buffered,
+    "native": _channel_residual_native,
 }
 CHANNEL_IMPLEMENTATIONS = tuple(_CHANNEL)
 
@@ -373,13 +376,14 @@ def channel_residual(x: Tensor, gamma: Tensor, *, inverted: bool = True, impl: s
         gamma: One number.
         inverted: As for `channel_attention`.
         impl: "auto"; "reference"; "plain", in ordinary operations; "buffered", gamma made part of the small matrix and
-            half of the symmetric one computed, not for compilers.
+            half of the symmetric one computed, not for compilers; "native", the same on a CPU with the products of
+            contiguous maps in C where numbers are float32, after upcasting.
 
     Returns:
         (B, C, H, W).
 
     Raises:
-        ValueError: Unknown `impl`.
+        ValueError: Unknown `impl`, or one that cannot serve the arguments.
 
     Example:
         >>> channel_residual(torch.randn(2, 6, 3, 5), torch.ones(1)).shape

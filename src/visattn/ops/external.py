@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visattn import native
 from visattn.errors import check
-from visattn.native import products
+from visattn.ops._products import TORCH, Products, best_products
 from visattn.ops._shared import (
     again,
     choose,
@@ -232,47 +231,7 @@ def _into_slots(query_weight: Tensor, query_bias: Tensor | None, key_memory: Ten
     return into_slots
 
 
-class _Products(NamedTuple):
-    """Who multiplies a map with the small matrices.
-
-    Attributes:
-        product: `a @ b + addend + bias[:, None]`, then ReLU if wanted; either a or b has a batch.
-        product_sum: `(a @ b).sum(dim=0)`.
-    """
-
-    product: Callable[..., Tensor]
-    product_sum: Callable[[Tensor, Tensor], Tensor]
-
-
-def _product(
-    a: Tensor,
-    b: Tensor,
-    *,
-    addend: Tensor | None = None,
-    bias: Tensor | None = None,
-    relu: bool = False,
-    out: Tensor | None = None,
-) -> Tensor:
-    if addend is None or out is None:
-        return torch.matmul(a, b)
-    # The product starts from what is added: with one term for each slot it is short enough to lose nothing by it.
-    if bias is not None:
-        torch.add(addend, bias[:, None], out=out)
-    torch.baddbmm(addend if bias is None else out, a.expand(b.shape[0], -1, -1), b, out=out)
-    return out.relu_() if relu else out
-
-
-_TORCH = _Products(_product, lambda a, b: torch.bmm(a, b).sum(dim=0))
-_NATIVE = _Products(products.product, products.product_sum)
-
-
-def _products(x: Tensor) -> _Products:
-    """The kernels in C where they are compiled and know the tensor."""
-    known = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
-    return _NATIVE if known and native.library() is not None else _TORCH
-
-
-def _attend(x: Tensor, into_slots: Tensor, eps: float, by: _Products) -> tuple[Tensor, Tensor]:
+def _attend(x: Tensor, into_slots: Tensor, eps: float, by: Products) -> tuple[Tensor, Tensor]:
     """The attention (B, S, N) and, for its gradient, what each position was divided by (B, 1, N)."""
     logits = by.product(into_slots, x)
     attention = torch.softmax(logits, -1, out=logits)
@@ -281,10 +240,10 @@ def _attend(x: Tensor, into_slots: Tensor, eps: float, by: _Products) -> tuple[T
 
 
 def external_residual_eval(
-    x: Tensor, into_slots: Tensor, out_of_slots: Tensor, shift: Tensor, eps: float, by: _Products | None = None
+    x: Tensor, into_slots: Tensor, out_of_slots: Tensor, shift: Tensor, eps: float, by: Products | None = None
 ) -> Tensor:
     """`relu(x + shift + V A)`, the map written once."""
-    by = _products(x) if by is None else by
+    by = best_products(x) if by is None else by
     out, flat_out = empty_map(x)
     attention, _ = _attend(x.flatten(2), into_slots, eps, by)
     by.product(out_of_slots, attention, addend=x.flatten(2), bias=shift, relu=True, out=flat_out)
@@ -319,7 +278,7 @@ class _ResidualTrain(torch.autograd.Function):
         bias: Tensor,
         eps: float,
         norm_eps: float,
-        by: _Products,
+        by: Products,
     ) -> tuple[Tensor, Tensor, Tensor]:
         flat = x.flatten(2)
         attention, total = _attend(flat, into_slots, eps, by)
@@ -352,7 +311,7 @@ class _ResidualTrain(torch.autograd.Function):
                 gradient,
             )
             return (*plain, None, None, None)
-        by: _Products = ctx.by
+        by: Products = ctx.by
         with full_precision(x):
             flat = x.flatten(2)
             count = flat.shape[0] * flat.shape[2]
@@ -407,7 +366,7 @@ def _residual_buffered(
     dtype = x.dtype
     with full_precision(x):
         x = upcast(x)
-        by = _TORCH if impl == "buffered" else _products(x)
+        by = TORCH if impl == "buffered" else best_products(x)
         query_weight, key_memory, value_memory, out_weight, weight, bias = (
             tensor.to(x.dtype) for tensor in (weights[0], *weights[2:], norm.weight, norm.bias)
         )
