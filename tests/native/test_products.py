@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from visattn import native
+from visattn.native import products
 from visattn.native.products import product, product_sum
+from visattn.ops.dual import channel_residual
+from visattn.ops.external import BatchNorm, external_residual_2d
 from visattn.testing.tolerance import assert_close_to_exact
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="visattn was installed without a C compiler")
@@ -102,9 +105,78 @@ def test_numbers_that_are_none_go_where_torch_takes_them(where, value):
     assert torch.allclose(got, plain, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize(("channels", "positions"), [(1, 1), (7, 13), (67, 5), (203, 301)])
+def test_a_symmetric_product(channels, positions, threads):
+    x = normal(3, channels, positions)
+    got = product(x, x.transpose(1, 2), symmetric=True)
+    assert torch.equal(got, got.transpose(1, 2))
+    exact = x.double() @ x.double().transpose(1, 2)
+    assert_close_to_exact(got, exact, x @ x.transpose(1, 2))
+
+
 def test_nothing_is_written_beside_the_output():
     memory = torch.full((1000,), 7.0)
     out = memory[10 : 10 + 3 * 5 * 13].view(3, 5, 13)
     product(normal(5, 17), normal(3, 17, 13), out=out)
     assert (memory[:10] == 7).all()
     assert (memory[10 + out.numel() :] == 7).all()
+
+
+def external(impl, dtype, training=False):
+    c, s = 67, 13
+    shapes = [(3, c, 11, 17), (c, c, 1, 1), (c,), (s, c), (c, s), (c, c, 1, 1), (c,), (c,)]
+    x, *rest = (normal(*shape, seed=i).to(dtype).requires_grad_() for i, shape in enumerate(shapes))
+    norm = BatchNorm(rest[5], rest[6], torch.zeros(c, dtype=dtype), torch.ones(c, dtype=dtype), training, 0.1, 1e-3)
+    weights = [weight / weight[0].numel() ** 0.5 for weight in rest[:5]]
+    return [x, *rest], lambda: external_residual_2d(x, *weights, norm, impl=impl)
+
+
+def external_training(impl, dtype):
+    return external(impl, dtype, training=True)
+
+
+def channel(impl, dtype):
+    x, gamma = ((normal(*shape, seed=3) / 4).to(dtype).requires_grad_() for shape in [(2, 67, 11, 17), (1,)])
+    return [x, gamma], lambda: channel_residual(x, gamma, impl=impl)
+
+
+@pytest.mark.parametrize("op", [external, external_training, channel])
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+def test_float32_is_as_close_as_the_reference(op, threads):
+    results = []
+    for impl, dtype in (("native", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
+        inputs, function = op(impl, dtype)
+        with torch.no_grad():
+            quiet = function()
+        out = function()
+        out.backward(normal(*out.shape, seed=99).to(dtype))
+        bias = inputs.pop(2) if len(inputs) > 2 else None  # whose gradient is zero up to rounding
+        assert bias is None or bias.grad.abs().max() < 1e-3
+        results.append([quiet, out, *(tensor.grad for tensor in inputs)])
+    for index, (got, exact, plain) in enumerate(zip(*results, strict=True)):
+        assert_close_to_exact(got, exact, plain, f"{op.__name__} {index}")
+
+
+@pytest.mark.parametrize("op", [external, channel])
+def test_the_kernels_run_where_they_can(op, monkeypatch):
+    calls = []
+    monkeypatch.setattr(products, "_run", lambda *arguments: calls.append(arguments[0]))
+    for impl, dtype, expected in (
+        ("native", torch.float32, True),
+        ("auto", torch.float32, True),
+        ("buffered", torch.float32, False),
+        ("auto", torch.float64, False),
+    ):
+        calls.clear()
+        with torch.no_grad():
+            op(impl, dtype)[1]()
+        assert bool(calls) == expected
+
+
+@pytest.mark.parametrize("op", [external, channel])
+def test_without_the_library_torch_serves_and_native_says_so(op, monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    expected = op("buffered", torch.float32)[1]()
+    assert torch.equal(op("auto", torch.float32)[1](), expected)
+    with pytest.raises(ValueError, match=r"impl='native': the kernels in C run on a CPU, .* got device='?cpu'?, compiled"):
+        op("native", torch.float32)[1]()

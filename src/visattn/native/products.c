@@ -66,7 +66,7 @@ INLINE void store_some(float *to, vec x, num count) {
 static void pack(float *to, const float *b, num row, num depth, num columns) {
   for (num k = 0; k < depth; k++, b += row) {
     float *panel = to + k * WIDE * LANES;
-    for (num i = 0; i < columns; i += LINE) __builtin_prefetch(b + AHEAD * row + i);
+    for (num i = 0; i < columns + LINE; i += LINE) __builtin_prefetch(b + AHEAD * row + least(i, columns - 1));
     num left = columns;
     for (; left > (WIDE + 1) * LANES; left -= WIDE * LANES, panel += depth * WIDE * LANES)
       UNROLL for (int v = 0; v < WIDE; v++) store(panel + v * LANES, load(b + columns - left + v * LANES));
@@ -109,11 +109,12 @@ INLINE void tile(const int wide, const float *a, num a_row, const float *panel, 
   UNROLL for (int i = 0; i < TALL * WIDE; i++) sums[i] = all(0);
   const float *lines[TALL];  // of rows that are not there: the last one again
   UNROLL for (int r = 0; r < TALL; r++) lines[r] = a + least(r, rows - 1) * a_row;
+  num ahead = t->addend ? TALL : 0;  // two maps are waited for longer
   UNROLL for (int r = 0; r < TALL; r++) {
-    num at = least(r, rows - 1) * t->row;
-    UNROLL for (int i = 0; i < 2; i++) {
-      __builtin_prefetch(t->out + at + i * (LANES * wide - 1), 1);
-      if (t->addend) __builtin_prefetch(t->addend + at + i * (LANES * wide - 1));
+    num at = (least(r, rows - 1) + ahead) * t->row;
+    UNROLL for (int i = 0; i <= wide; i++) {  // a line may end anywhere
+      __builtin_prefetch(t->out + at + least(i * LANES, wide * LANES - 1), 1);
+      if (t->addend) __builtin_prefetch(t->addend + at + least(i * LANES, wide * LANES - 1));
     }
   }
   for (num k = 0; k < depth;) {
