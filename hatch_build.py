@@ -58,3 +58,7 @@ class Kernels(BuildHookInterface):  # type: ignore[type-arg]
             build_data["tag"] = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
         else:
             self.app.display_warning("visattn: no C compiler for this platform, so torch's operations serve alone")
+
+
+if __name__ == "__main__":
+    sys.exit(0 if build() else "the kernels were not compiled")

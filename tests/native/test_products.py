@@ -12,8 +12,6 @@ from visattn.ops.dual import channel_residual
 from visattn.ops.external import BatchNorm, external_residual_2d
 from visattn.testing.tolerance import assert_close_to_exact
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="visattn was installed without a C compiler")
-
 SIZES = [  # batch, rows, columns, depth
     (1, 1, 1, 1),
     (2, 3, 5, 7),
@@ -160,7 +158,7 @@ def test_float32_is_as_close_as_the_reference(op, threads):
 @pytest.mark.parametrize("op", [external, channel])
 def test_the_kernels_run_where_they_can(op, monkeypatch):
     calls = []
-    monkeypatch.setattr(products, "_run", lambda *arguments: calls.append(arguments[0]))
+    monkeypatch.setattr(products, "_run", lambda *arguments, **_: calls.append(arguments[0]))
     for impl, dtype, expected in (
         ("native", torch.float32, True),
         ("auto", torch.float32, True),
@@ -175,8 +173,8 @@ def test_the_kernels_run_where_they_can(op, monkeypatch):
 
 @pytest.mark.parametrize("op", [external, channel])
 def test_without_the_library_torch_serves_and_native_says_so(op, monkeypatch):
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "available", lambda: False)
     expected = op("buffered", torch.float32)[1]()
     assert torch.equal(op("auto", torch.float32)[1](), expected)
-    with pytest.raises(ValueError, match=r"impl='native': the kernels in C run on a CPU, .* got device='?cpu'?, compiled"):
+    with pytest.raises(ValueError, match=r"impl='native': visattn was installed without its kernels"):
         op("native", torch.float32)[1]()

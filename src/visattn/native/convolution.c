@@ -140,23 +140,6 @@ static void rows(num O, num V, const sum *s) {
 #undef CASE
 }
 
-INLINE void transpose(vec *r) {
-  vec a[8], b[8];
-  UNROLL for (int i = 0; i < 8; i += 2) {
-    a[i] = SHUFFLE(r[i], r[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
-    a[i + 1] = SHUFFLE(r[i], r[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
-  }
-  UNROLL for (int i = 0; i < 8; i += 4)
-    UNROLL for (int j = i; j < i + 2; j++) {
-      b[j] = SHUFFLE(a[j], a[j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      b[j + 2] = SHUFFLE(a[j], a[j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-  UNROLL for (int i = 0; i < 4; i++) {
-    r[i] = SHUFFLE(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    r[i + 4] = SHUFFLE(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-}
-
 // 8 output channels at P positions of a row.
 INLINE void lanes_of(const int P, const sum *s) {
   vec total[16];

@@ -6,17 +6,17 @@
 // as it lies, one number at a time. Sums over the depth are made of parts of DEPTH terms.
 #include "common.h"
 
-enum { TALL = 4, WIDE = 3, DEPTH = 256, ROWS = 64, WIDTH = 4 * WIDE * LANES, AHEAD = 8, LINE = 16 };
+enum { TALL = 4, WIDE = 3, DEPTH = 256, ROWS = 64, WIDTH = 4 * WIDE * LANES, AHEAD = 8, LINE = 64 / sizeof(real) };
 
 typedef struct {
   num count, rows, columns, depth;
-  const float *a;
+  const real *a;
   num a_next, a_row;
-  const float *b;
+  const real *b;
   num b_next, b_row;
   bool b_turned;  // b[i] is given as (columns, depth)
-  float *out;
-  const float *addend, *bias;
+  real *out;
+  const real *addend, *bias;
   bool relu, adds, symmetric;  // adds: to what the output holds; symmetric: half of the output follows from the other
   num parts, chunks, blocks, width;  // parts of all chunks of the depth, each with an output; blocks of columns
   loop steps;
@@ -24,48 +24,30 @@ typedef struct {
 
 // What a tile of the output becomes of its sums; `first`: nothing has been added up yet.
 typedef struct {
-  float *out;
-  const float *addend, *bias;
+  real *out;
+  const real *addend, *bias;
   num row;  // from one row of the output to the next
   bool first, relu;
 } target;
 
 INLINE num vectors(num left) { return left == WIDE + 1 ? 2 : least(left, WIDE); }  // one alone would leave units idle
 
-INLINE void turn(vec x[LANES]) {  // transposes
-  vec y[LANES];
-  UNROLL for (int i = 0; i < 4; i++) {
-    int j = i / 2 * 4 + i % 2;
-    y[2 * i] = __builtin_shufflevector(x[j], x[j + 2], 0, 8, 1, 9, 4, 12, 5, 13);
-    y[2 * i + 1] = __builtin_shufflevector(x[j], x[j + 2], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  vec z[LANES];
-  UNROLL for (int i = 0; i < 2; i++) UNROLL for (int j = 0; j < 2; j++) {
-    z[4 * i + 2 * j] = __builtin_shufflevector(y[4 * i + j], y[4 * i + 2 + j], 0, 8, 1, 9, 4, 12, 5, 13);
-    z[4 * i + 2 * j + 1] = __builtin_shufflevector(y[4 * i + j], y[4 * i + 2 + j], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  UNROLL for (int i = 0; i < 4; i++) {
-    x[i] = __builtin_shufflevector(z[i], z[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    x[i + 4] = __builtin_shufflevector(z[i], z[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-}
-
-INLINE vec load_some(const float *from, num count) {
+INLINE vec load_some(const real *from, num count) {
   if (count >= LANES) return load(from);
   vec x = all(0);
-  if (count > 0) memcpy(&x, from, 4 * (size_t)(count % LANES));
+  if (count > 0) memcpy(&x, from, sizeof(real) * (count % LANES));
   return x;
 }
 
-INLINE void store_some(float *to, vec x, num count) {
+INLINE void store_some(real *to, vec x, num count) {
   if (count >= LANES) store(to, x);
-  else if (count > 0) memcpy(to, &x, 4 * (size_t)(count % LANES));
+  else if (count > 0) memcpy(to, &x, sizeof(real) * (count % LANES));
 }
 
 // Panels of up to WIDE vectors, each (depth, width of the panel), filled up with zeros.
-static void pack(float *to, const float *b, num row, num depth, num columns) {
+static void pack(real *to, const real *b, num row, num depth, num columns) {
   for (num k = 0; k < depth; k++, b += row) {
-    float *panel = to + k * WIDE * LANES;
+    real *panel = to + k * WIDE * LANES;
     for (num i = 0; i < columns + LINE; i += LINE) __builtin_prefetch(b + AHEAD * row + least(i, columns - 1));
     num left = columns;
     for (; left > (WIDE + 1) * LANES; left -= WIDE * LANES, panel += depth * WIDE * LANES)
@@ -81,7 +63,7 @@ static void pack(float *to, const float *b, num row, num depth, num columns) {
   }
 }
 
-static void pack_turned(float *to, const float *b, num row, num depth, num columns) {
+static void pack_turned(real *to, const real *b, num row, num depth, num columns) {
   for (num left = columns; left > 0;) {
     num wide = vectors(share(left, LANES));
     for (num v = 0; v < wide; v++) {
@@ -90,7 +72,7 @@ static void pack_turned(float *to, const float *b, num row, num depth, num colum
         vec x[LANES];
         UNROLL for (int j = 0; j < LANES; j++)
           x[j] = j < have ? load_some(b + (v * LANES + j) * row + k, depth - k) : all(0);
-        turn(x);
+        transpose(x);
         UNROLL for (int j = 0; j < LANES; j++) if (k + j < depth) store(to + ((k + j) * wide + v) * LANES, x[j]);
       }
     }
@@ -103,11 +85,11 @@ static void pack_turned(float *to, const float *b, num row, num depth, num colum
 INLINE vec positive(vec x) { return (vec)((ivec)x & ~(x < all(0))); }  // NaN stays
 
 // A tile of `rows` by `columns`, both constants where it is a whole one.
-INLINE void tile(const int wide, const float *a, num a_row, const float *panel, num depth, const target *t,
+INLINE void tile(const int wide, const real *a, num a_row, const real *panel, num depth, const target *t,
                  const num rows, const num columns) {
   vec sums[TALL * WIDE];
   UNROLL for (int i = 0; i < TALL * WIDE; i++) sums[i] = all(0);
-  const float *lines[TALL];  // of rows that are not there: the last one again
+  const real *lines[TALL];  // of rows that are not there: the last one again
   UNROLL for (int r = 0; r < TALL; r++) lines[r] = a + least(r, rows - 1) * a_row;
   num ahead = t->addend ? TALL : 0;  // two maps are waited for longer
   UNROLL for (int r = 0; r < TALL; r++) {
@@ -143,7 +125,7 @@ INLINE void tile(const int wide, const float *a, num a_row, const float *panel, 
 #undef EACH
 }
 
-static void tiles(num wide, const float *a, num a_row, const float *panel, num depth, target t, num rows, num columns) {
+static void tiles(num wide, const real *a, num a_row, const real *panel, num depth, target t, num rows, num columns) {
   for (; rows > 0; rows -= TALL, a += TALL * a_row) {
     num tall = least(TALL, rows);
     bool whole = tall == TALL && columns >= wide * LANES;
@@ -158,18 +140,18 @@ static void tiles(num wide, const float *a, num a_row, const float *panel, num d
   }
 }
 
-static void block(const product *p, num part, num start, float *packed) {
+static void block(const product *p, num part, num start, real *packed) {
   num columns = least(p->width, p->columns - start), per = share(p->depth, DEPTH);
   num rows = p->symmetric ? start + columns : p->rows;
   num from = part * p->chunks / p->parts, to = (part + 1) * p->chunks / p->parts;
   for (num chunk = from; chunk < to; chunk++) {
     num item = chunk / per, k = chunk % per * DEPTH, depth = least(DEPTH, p->depth - k);
-    const float *a = p->a + item * p->a_next + k, *b = p->b + item * p->b_next;
+    const real *a = p->a + item * p->a_next + k, *b = p->b + item * p->b_next;
     if (p->b_turned) pack_turned(packed, b + start * p->b_row + k, p->b_row, depth, columns);
     else pack(packed, b + k * p->b_row + start, p->b_row, depth, columns);
     for (num i = 0; i < rows; i += ROWS) {
       num at = (part * p->rows + i) * p->columns + start;
-      const float *panel = packed;
+      const real *panel = packed;
       for (num left = columns; left > 0;) {
         num wide = vectors(share(left, LANES)), here = at + columns - left;
         target t = {p->out + here, NULL, NULL, p->columns, chunk == from && !p->adds, false};
@@ -184,7 +166,7 @@ static void block(const product *p, num part, num start, float *packed) {
       }
     }
   }
-  float *out = p->out + part * p->rows * p->columns;
+  real *out = p->out + part * p->rows * p->columns;
   if (p->symmetric)
     for (num j = start; j < start + columns; j++)
       for (num i = 0; i < start; i++) out[j * p->columns + i] = out[i * p->columns + j];
@@ -192,7 +174,7 @@ static void block(const product *p, num part, num start, float *packed) {
 
 static void work(void *data) {
   product *p = data;
-  float *packed = numbers(least(DEPTH, p->depth) * (p->width + LANES));
+  real *packed = numbers(least(DEPTH, p->depth) * (p->width + LANES));
   if (packed == NULL) p->steps.failed = true;
   else
     for (num step; (step = take(&p->steps)) < p->steps.count;)
@@ -212,17 +194,17 @@ static bool run(product *p, num threads) {
 }
 
 // out (count, rows, columns) = a (count, rows, depth) b (count, depth, columns) + addend + bias; addend may be out.
-PUBLIC int product_each(num count, num rows, num columns, num depth, const float *a, num a_next, num a_row,
-                        const float *b, num b_next, num b_row, int b_turned, float *out, const float *addend,
-                        const float *bias, int relu, int symmetric, num threads) {
+PUBLIC int NAME(product_each)(num count, num rows, num columns, num depth, const real *a, num a_next, num a_row,
+                        const real *b, num b_next, num b_row, num b_turned, real *out, const real *addend,
+                        const real *bias, num relu, num symmetric, num threads) {
   product p = {count, rows, columns, depth, a, a_next, a_row, b, b_next, b_row, b_turned,
                out, addend == out ? NULL : addend, bias, relu, addend == out, symmetric, .parts = count};
   return run(&p, threads);
 }
 
 // out (rows, columns) = sum over i of a[i] b[i], made of as many parts as keep all threads at work.
-PUBLIC int product_sum(num count, num rows, num columns, num depth, const float *a, num a_next, num a_row,
-                       const float *b, num b_next, num b_row, int b_turned, float *out, num threads) {
+PUBLIC int NAME(product_sum)(num count, num rows, num columns, num depth, const real *a, num a_next, num a_row,
+                       const real *b, num b_next, num b_row, num b_turned, real *out, num threads) {
   product p = {count, rows, columns, depth, a, a_next, a_row, b, b_next, b_row, b_turned,
                .parts = least(2 * threads, count * share(depth, DEPTH))};
   num size = rows * columns;
@@ -230,7 +212,7 @@ PUBLIC int product_sum(num count, num rows, num columns, num depth, const float 
   if (p.out == NULL) return 1;
   bool failed = run(&p, threads);
   for (num i = 0; i < size && !failed; i++) {
-    float sum = p.out[i];
+    real sum = p.out[i];
     for (num part = 1; part < p.parts; part++) sum += p.out[part * size + i];
     out[i] = sum;
   }

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
+import math
 
-import torch
 from torch import Tensor
 
-from visattn.native import library
+from visattn.native import call
 
 __all__ = ["product", "product_sum"]
-
-_POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
-_MATRICES = [*[_SIZE] * 4, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, _FLAG, _POINTER]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -24,20 +20,17 @@ def _count(a: Tensor, b: Tensor) -> int:
     return max(x.shape[0] if x.ndim == 3 else 1 for x in (a, b))
 
 
-def _run(name: str, a: Tensor, b: Tensor, out: Tensor, rest: list[type], *others: int | None) -> None:
-    assert all(x.dtype == torch.float32 and x.device.type == "cpu" for x in (a, b, out))
+def _run(name: str, a: Tensor, b: Tensor, out: Tensor, *others: Tensor | bool | None, share: float = 1.0) -> None:
     assert a.shape[-1] == b.shape[-2]
     assert out.is_contiguous()
     assert out.shape[-2:] == (a.shape[-2], b.shape[-1])
+    assert all(x is None or not isinstance(x, Tensor) or x.dtype == a.dtype == b.dtype == out.dtype for x in others)
     turned = b.stride(-2) == 1 and b.stride(-1) != 1
     sizes = (_count(a, b), a.shape[-2], b.shape[-1], a.shape[-1])
     a, b = _rows(a), _rows(b.transpose(-1, -2) if turned else b)
     # Of a matrix without a batch every sample has the same.
-    given = [(x.data_ptr(), x.stride(0) if x.ndim == 3 else 0, x.stride(-2)) for x in (a, b)]
-    function = getattr(library(), name)
-    function.argtypes = [*_MATRICES, *rest, _SIZE]
-    if function(*sizes, *given[0], *given[1], turned, out.data_ptr(), *others, torch.get_num_threads()):
-        raise MemoryError("visattn: no memory for a matrix product")
+    steps = [(x.stride(0) if x.ndim == 3 else 0, x.stride(-2)) for x in (a, b)]
+    call(name, *sizes, a, *steps[0], b, *steps[1], turned, out, *others, flops=int(2 * math.prod(sizes) * share))
 
 
 def product(
@@ -57,13 +50,12 @@ def product(
     out = a.new_empty(_count(a, b), a.shape[-2], b.shape[-1]) if out is None else out
     assert addend is None or (addend.is_contiguous() and addend.shape == out.shape)
     bias = None if bias is None else bias.contiguous()
-    others = [None if x is None else x.data_ptr() for x in (addend, bias)]
-    _run("product_each", a, b, out, [_POINTER, _POINTER, _FLAG, _FLAG], *others, relu, symmetric)
+    _run("product_each", a, b, out, addend, bias, relu, symmetric, share=0.5 if symmetric else 1.0)
     return out
 
 
 def product_sum(a: Tensor, b: Tensor) -> Tensor:
     """`(a @ b).sum(dim=0)` of (B, M, K) and (B, K, N)."""
     out = a.new_empty(a.shape[-2], b.shape[-1])
-    _run("product_sum", a, b, out, [])
+    _run("product_sum", a, b, out)
     return out

@@ -73,7 +73,17 @@ TORCH = Products(_torch_product, _torch_product_sum, _torch_gram)
 NATIVE = Products(products.product, products.product_sum, _native_gram)
 
 
-def best_products(x: Tensor) -> Products:
-    """The kernels in C where they are compiled and know the tensor."""
-    known = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
-    return NATIVE if known and native.library() is not None else TORCH
+def best_products(impl: str, x: Tensor) -> Products:
+    """Who multiplies for an implementation: "buffered" is torch alone, "auto" takes the kernels in float32.
+
+    Args:
+        impl: "auto", "buffered" or "native".
+        x: The map. The kernels know contiguous ones.
+
+    Raises:
+        ValueError: "native" where there are no kernels for the map.
+    """
+    if impl == "native":
+        native.need(x)
+    fast = impl == "auto" and native.available() and x.device.type == "cpu" and x.dtype == torch.float32
+    return NATIVE if (impl == "native" or fast) and x.is_contiguous() else TORCH

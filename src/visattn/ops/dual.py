@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visattn import native
 from visattn.ops._attention import KEPT, PIECE, attend_fused, attend_in_pieces
-from visattn.ops._products import NATIVE, TORCH, Products, best_products
+from visattn.ops._products import NATIVE, Products, best_products
 from visattn.ops._shared import (
     again,
     choose,
@@ -23,7 +24,6 @@ from visattn.ops._shared import (
     empty_map,
     full_precision,
     need_eager,
-    need_library,
     precise,
     recording,
     upcast,
@@ -337,7 +337,7 @@ class _ChannelResidual(torch.autograd.Function):
 def _channel_residual_buffered(x: Tensor, gamma: Tensor, inverted: bool, impl: str = "buffered") -> Tensor:
     need_eager(impl, x, gamma)
     dtype, x = x.dtype, upcast(x)
-    by = TORCH if impl == "buffered" else best_products(x)
+    by = best_products(impl, x)
     gamma = gamma.to(x.dtype)
     with full_precision(x):
         if recording(x, gamma):
@@ -348,7 +348,6 @@ def _channel_residual_buffered(x: Tensor, gamma: Tensor, inverted: bool, impl: s
 
 
 def _channel_residual_native(x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
-    need_library("native", x)
     return _channel_residual_buffered(x, gamma, inverted, "native")
 
 
@@ -365,7 +364,7 @@ _CHANNEL = {
     "buffered": _channel_residual_buffered,
     "native": _channel_residual_native,
 }
-CHANNEL_IMPLEMENTATIONS = tuple(_CHANNEL)
+CHANNEL_IMPLEMENTATIONS = native.served(_CHANNEL)
 
 
 def channel_residual(x: Tensor, gamma: Tensor, *, inverted: bool = True, impl: str = "auto") -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visattn import native
 from visattn.errors import check
-from visattn.ops._products import TORCH, Products, best_products
+from visattn.ops._products import Products, best_products
 from visattn.ops._shared import (
     again,
     choose,
@@ -24,7 +25,6 @@ from visattn.ops._shared import (
     empty_map,
     full_precision,
     need_eager,
-    need_library,
     precise,
     recording,
     upcast,
@@ -243,7 +243,7 @@ def external_residual_eval(
     x: Tensor, into_slots: Tensor, out_of_slots: Tensor, shift: Tensor, eps: float, by: Products | None = None
 ) -> Tensor:
     """`relu(x + shift + V A)`, the map written once."""
-    by = best_products(x) if by is None else by
+    by = best_products("auto", x) if by is None else by
     out, flat_out = empty_map(x)
     attention, _ = _attend(x.flatten(2), into_slots, eps, by)
     by.product(out_of_slots, attention, addend=x.flatten(2), bias=shift, relu=True, out=flat_out)
@@ -366,7 +366,7 @@ def _residual_buffered(
     dtype = x.dtype
     with full_precision(x):
         x = upcast(x)
-        by = TORCH if impl == "buffered" else best_products(x)
+        by = best_products(impl, x)
         query_weight, key_memory, value_memory, out_weight, weight, bias = (
             tensor.to(x.dtype) for tensor in (weights[0], *weights[2:], norm.weight, norm.bias)
         )
@@ -391,7 +391,6 @@ def _residual_buffered(
 def _residual_native(
     x: Tensor, weights: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor], norm: BatchNorm, eps: float
 ) -> Tensor:
-    need_library("native", x)
     return _residual_buffered(x, weights, norm, eps, "native")
 
 
@@ -411,7 +410,7 @@ _RESIDUAL = {
     "buffered": _residual_buffered,
     "native": _residual_native,
 }
-IMPLEMENTATIONS = tuple(_RESIDUAL)
+IMPLEMENTATIONS = native.served(_RESIDUAL)
 
 
 def external_residual_2d(
