@@ -10,7 +10,7 @@ from visattn.native import products
 from visattn.native.products import product, product_sum
 from visattn.ops.dual import channel_residual
 from visattn.ops.external import BatchNorm, external_residual_2d
-from visattn.testing.tolerance import assert_close_to_exact
+from visattn.testing.tolerance import NEIGHBOURS, assert_close_to_exact
 
 SIZES = [  # batch, rows, columns, depth
     (1, 1, 1, 1),
@@ -120,30 +120,29 @@ def test_nothing_is_written_beside_the_output():
     assert (memory[10 + out.numel() :] == 7).all()
 
 
-def external(impl, dtype, training=False):
+def external(impl, dtype, first=0, training=False):
     c, s = 67, 13
     shapes = [(3, c, 11, 17), (c, c, 1, 1), (c,), (s, c), (c, s), (c, c, 1, 1), (c,), (c,)]
-    x, *rest = (normal(*shape, seed=i).to(dtype).requires_grad_() for i, shape in enumerate(shapes))
+    x, *rest = (normal(*shape, seed=first + i).to(dtype).requires_grad_() for i, shape in enumerate(shapes))
     norm = BatchNorm(rest[5], rest[6], torch.zeros(c, dtype=dtype), torch.ones(c, dtype=dtype), training, 0.1, 1e-3)
     weights = [weight / weight[0].numel() ** 0.5 for weight in rest[:5]]
     return [x, *rest], lambda: external_residual_2d(x, *weights, norm, impl=impl)
 
 
-def external_training(impl, dtype):
-    return external(impl, dtype, training=True)
+def external_training(impl, dtype, first=0):
+    return external(impl, dtype, first, training=True)
 
 
-def channel(impl, dtype):
-    x, gamma = ((normal(*shape, seed=3) / 4).to(dtype).requires_grad_() for shape in [(2, 67, 11, 17), (1,)])
+def channel(impl, dtype, first=0):
+    x, gamma = ((normal(*shape, seed=first + 3) / 4).to(dtype).requires_grad_() for shape in [(2, 67, 11, 17), (1,)])
     return [x, gamma], lambda: channel_residual(x, gamma, impl=impl)
 
 
-@pytest.mark.parametrize("op", [external, external_training, channel])
-@pytest.mark.parametrize("threads", [1, 3], indirect=True)
-def test_float32_is_as_close_as_the_reference(op, threads):
+def three_runs(op, first):
+    """Output without and with gradients, and the gradients: of the kernels, the reference, and that in float64."""
     results = []
-    for impl, dtype in (("native", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
-        inputs, function = op(impl, dtype)
+    for impl, dtype in (("native", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        inputs, function = op(impl, dtype, first)
         with torch.no_grad():
             quiet = function()
         out = function()
@@ -151,8 +150,18 @@ def test_float32_is_as_close_as_the_reference(op, threads):
         bias = inputs.pop(2) if len(inputs) > 2 else None  # whose gradient is zero up to rounding
         assert bias is None or bias.grad.abs().max() < 1e-3
         results.append([quiet, out, *(tensor.grad for tensor in inputs)])
-    for index, (got, exact, plain) in enumerate(zip(*results, strict=True)):
-        assert_close_to_exact(got, exact, plain, f"{op.__name__} {index}")
+    return list(zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("op", [external, external_training, channel])
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+def test_float32_is_as_close_as_the_reference(op, threads):
+    for index, (got, plain, exact) in enumerate(three_runs(op, 0)):
+
+        def neighbours(index=index):
+            return [three_runs(op, 100 * seed)[index] for seed in range(1, NEIGHBOURS + 1)]
+
+        assert_close_to_exact(got, exact, plain, f"{op.__name__} {index}", neighbours=neighbours)
 
 
 @pytest.mark.parametrize("op", [external, channel])
