@@ -1,0 +1,532 @@
+// Softmax attention and its gradients. Some rows of the matrix exist at a time: all their scores, so that the softmax is
+// the plain one, small enough to stay in a core's cache. Products are of packed panels, 6 x 16 numbers in registers.
+//
+// Names: a score belongs to a query (its row) and a key. `width` numbers make a query or key, `values` a value.
+
+#include <math.h>
+
+#include "common.h"
+
+#define TALL 6           // rows of a tile
+#define WIDE (2 * LANES) // its columns, and those of a panel
+#define DEEP 256         // of a product's sum at one time: such a part of a panel stays in the first cache
+#define SCORES 49152     // of a block of rows: in the second cache, beside panels
+#define ROWS 96          // of a block at most,
+#define FEWEST 24        // and at least
+#define PIECE 192        // rows whose scores are kept until they enter the gradients of keys and values
+
+#ifdef __clang__
+#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MIX(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+
+typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+INLINE num up(num x, num step) { return share(x, step) * step; }
+
+// ---- copies --------------------------------------------------------------------------------------------------------
+
+INLINE void transpose(vec r[8]) {
+  vec s[8], t[8];
+  UNROLL for (int i = 0; i < 8; i += 2) {
+    s[i] = MIX(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    s[i + 1] = MIX(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  UNROLL for (int i = 0; i < 8; i += 4) {
+    t[i] = MIX(s[i], s[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+    t[i + 1] = MIX(s[i], s[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    t[i + 2] = MIX(s[i + 1], s[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
+    t[i + 3] = MIX(s[i + 1], s[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    r[i] = MIX(t[i], t[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    r[i + 4] = MIX(t[i], t[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+// A matrix in memory: where its first number is, and how far apart rows and columns are.
+typedef struct {
+  float *at;
+  num row, column;
+} matrix;
+
+INLINE matrix flipped(matrix x) { return (matrix){x.at, x.column, x.row}; }
+
+// to = factor * from, of whatever layout.
+static void copy(matrix to, matrix from, num rows, num columns, float factor) {
+  if (from.row == 1 && from.column != 1) {
+    to = flipped(to);
+    from = flipped(from);
+    num swap = rows;
+    rows = columns;
+    columns = swap;
+  }
+  num row = 0, wide = columns - columns % LANES;
+  if (from.column == 1 && to.column == 1) {
+    for (; row < rows; row++) {
+      float *into = to.at + row * to.row;
+      const float *x = from.at + row * from.row;
+      for (num i = 0; i < wide; i += LANES) store(into + i, factor * load(x + i));
+      for (num i = wide; i < columns; i++) into[i] = factor * x[i];
+    }
+  } else if (from.column == 1 && to.row == 1) {
+    for (; row + LANES <= rows; row += LANES) {
+      const float *x = from.at + row * from.row;
+      float *into = to.at + row;
+      for (num i = 0; i < wide; i += LANES) {
+        vec part[8];
+        UNROLL for (int j = 0; j < 8; j++) part[j] = factor * load(x + j * from.row + i);
+        transpose(part);
+        UNROLL for (int j = 0; j < 8; j++) store(into + (i + j) * to.column, part[j]);
+      }
+      for (num i = wide; i < columns; i++)
+        for (num j = 0; j < LANES; j++) into[i * to.column + j] = factor * x[j * from.row + i];
+    }
+  }
+  for (; row < rows; row++)
+    for (num i = 0; i < columns; i++)
+      to.at[row * to.row + i * to.column] = factor * from.at[row * from.row + i * from.column];
+}
+
+// Panel of 16 rows of a matrix: panel[column][16], zero where there are fewer rows.
+static void pack(float *panel, matrix from, num rows, num columns) {
+  if (rows < WIDE) memset(panel, 0, (size_t)(4 * WIDE * columns));
+  copy((matrix){panel, 1, WIDE}, from, least(rows, WIDE), columns, 1);
+}
+
+// Rows one after the other, `line` numbers apart: up to whole tiles of zeros.
+static void pack_rows(float *to, num line, matrix from, num rows, num columns, float factor) {
+  for (num row = 0; row < rows; row++) memset(to + row * line + columns, 0, (size_t)(4 * (line - columns)));
+  memset(to + rows * line, 0, (size_t)(4 * line * (up(rows, TALL) - rows)));
+  copy((matrix){to, line, 1}, from, rows, columns, factor);
+}
+
+// ---- products ------------------------------------------------------------------------------------------------------
+
+// 6 x 16 numbers of c (+)= a b.
+INLINE void tile(float *c, num c_row, const float *a, num a_row, num a_deep, const float *b, num b_deep, num deep,
+                 bool add) {
+  vec sum[TALL][2];
+  UNROLL for (int i = 0; i < TALL; i++) sum[i][0] = sum[i][1] = all(0);
+  for (num k = 0; k < deep; k++) {
+    vec left = load(b + k * b_deep), right = load(b + k * b_deep + LANES);
+    UNROLL for (int i = 0; i < TALL; i++) {
+      vec x = all(a[i * a_row + k * a_deep]);
+      sum[i][0] += x * left;
+      sum[i][1] += x * right;
+    }
+  }
+  if (add) {
+    UNROLL for (int i = 0; i < TALL; i++) {
+      sum[i][0] += load(c + i * c_row);
+      sum[i][1] += load(c + i * c_row + LANES);
+    }
+  }
+  UNROLL for (int i = 0; i < TALL; i++) {
+    store(c + i * c_row, sum[i][0]);
+    store(c + i * c_row + LANES, sum[i][1]);
+  }
+}
+
+// c = a b: rows of a one after the other, b in panels.
+static void multiply(float *c, num c_row, const float *a, num a_row, const float *b, num rows, num panels, num deep) {
+  num step = share(deep, share(deep, DEEP));
+  for (num from = 0; from < deep; from += step) {
+    num part = least(step, deep - from);
+    for (num panel = 0; panel < panels; panel++)
+      for (num row = 0; row < rows; row += TALL)
+        tile(c + row * c_row + panel * WIDE, c_row, a + row * a_row + from, a_row, 1, b + (panel * deep + from) * WIDE,
+             WIDE, part, from > 0);
+  }
+}
+
+// c (+)= a^T b for 16 columns of b, c a panel: sums over rows.
+static void gather(float *c, const float *a, num a_row, const float *b, num b_row, num rows, num columns, bool add) {
+  for (num column = 0; column < columns; column += TALL)
+    tile(c + column * WIDE, WIDE, a + column, 1, a_row, b, b_row, rows, add);
+}
+
+// ---- softmax -------------------------------------------------------------------------------------------------------
+
+INLINE vec choose(ivec which, vec yes, vec no) { return (vec)((which & (ivec)yes) | (~which & (ivec)no)); }
+INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
+
+// exp of x <= 0 to about one unit in the last place; what float32 holds only denormalised is zero. NaN stays.
+INLINE vec exponential(vec x) {
+  vec shifted = x * all(1.44269504f) + all(12582912.f);  // whole powers of two are the last digits now
+  vec power = shifted - all(12582912.f);
+  vec r = x - power * all(0.693147182f);
+  r = r + power * all(1.90465421e-9f);
+  vec p = all(0.00139402284f);
+  p = p * r + all(0.00836650189f);
+  p = p * r + all(0.0416663662f);
+  p = p * r + all(0.166665435f);
+  p = p * r + all(0.5f);
+  vec y = (p * r) * r + r + all(1.f);
+  y *= (vec)(((ivec)shifted << 23) + 0x3f800000);
+  return (vec)((ivec)y & ~(x < all(-87.3f)));
+}
+
+INLINE float total(vec x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+
+typedef struct {
+  const void *at;  // NULL where there is none
+  num sample, head, row, column;
+} array;
+
+typedef struct {
+  num samples, heads, queries, keys, width, values;
+  array query, key, value, weights, mask, out;  // `out` is the gradient of the result in the backward pass
+  array d_query, d_key, d_value;
+  float scale;
+  num threads;
+  num key_panels, line;       // panels of keys; numbers from a row of scores to the next
+  num value_line, width_line; // the same of rows of values, of queries
+  num rows, piece;            // of a block; of blocks that are at hand at one time
+} problem;
+
+INLINE matrix head_of(array x, num sample, num head, num row) {
+  return (matrix){(float *)x.at + sample * x.sample + head * x.head + row * x.row, x.row, x.column};
+}
+
+// Scores of a row are multiplied and masked, and become exp(score - maximum), zero beyond the last key. Returns what
+// makes them probabilities: 1 / sum.
+static float soften(const problem *p, float *row, const float *weight, const uint8_t *mask) {
+  num keys = p->keys, whole = up(keys, LANES);
+  bool empty = mask != NULL;
+  if (weight != NULL) {
+    num step = p->weights.column, i = 0;
+    if (step == 1)
+      for (; i + LANES <= keys; i += LANES) store(row + i, load(row + i) * load(weight + i));
+    for (; i < keys; i++) row[i] *= weight[i * step];
+  }
+  if (mask != NULL) {
+    num step = p->mask.column, i = 0;
+    ivec kept = (ivec){0};
+    if (step == 1)
+      for (; i + LANES <= keys; i += LANES) {
+        ivec seen = __builtin_convertvector(*(const bytes *)(mask + i), ivec) == 0;
+        kept |= seen;
+        store(row + i, choose(seen, load(row + i), all(-INFINITY)));
+      }
+    for (int j = 0; j < LANES; j++) empty &= kept[j] == 0;
+    for (; i < keys; i++) {
+      empty &= mask[i * step] != 0;
+      if (mask[i * step]) row[i] = -INFINITY;
+    }
+  }
+  if (empty) {
+    memset(row, 0, (size_t)(4 * p->line));
+    return 1;
+  }
+  for (num i = keys; i < p->line; i++) row[i] = -INFINITY;
+  vec high[4] = {all(-INFINITY), all(-INFINITY), all(-INFINITY), all(-INFINITY)};
+  num i = 0;
+  for (; i + 4 * LANES <= whole; i += 4 * LANES)
+    UNROLL for (int j = 0; j < 4; j++) high[j] = larger(load(row + i + j * LANES), high[j]);
+  for (; i < whole; i += LANES) high[0] = larger(load(row + i), high[0]);
+  vec most_of = larger(larger(high[0], high[1]), larger(high[2], high[3]));
+  float maximum = most_of[0];
+  for (int j = 1; j < LANES; j++) maximum = most_of[j] > maximum ? most_of[j] : maximum;
+  vec sum[4] = {all(0), all(0), all(0), all(0)};
+  for (i = 0; i + 4 * LANES <= whole; i += 4 * LANES)
+    UNROLL for (int j = 0; j < 4; j++) {
+      vec e = exponential(load(row + i + j * LANES) - maximum);
+      store(row + i + j * LANES, e);
+      sum[j] += e;
+    }
+  for (; i < whole; i += LANES) {
+    vec e = exponential(load(row + i) - maximum);
+    store(row + i, e);
+    sum[0] += e;
+  }
+  return 1 / total((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// Gradient of a row of scores from that of its probabilities; `row` becomes the probabilities.
+static void harden(const problem *p, float *row, float *gradient, float share_of, const float *weight) {
+  num whole = up(p->keys, LANES), i = 0;
+  vec sum[4] = {all(0), all(0), all(0), all(0)};
+  for (; i + 4 * LANES <= whole; i += 4 * LANES)
+    UNROLL for (int j = 0; j < 4; j++) sum[j] += load(row + i + j * LANES) * load(gradient + i + j * LANES);
+  for (; i < whole; i += LANES) sum[0] += load(row + i) * load(gradient + i);
+  vec mean = all(share_of * total((sum[0] + sum[1]) + (sum[2] + sum[3])));
+  for (i = 0; i < whole; i += LANES) {
+    vec x = load(row + i) * share_of;
+    store(row + i, x);
+    store(gradient + i, x * (load(gradient + i) - mean));
+  }
+  if (weight != NULL) {
+    num step = p->weights.column;
+    i = 0;
+    if (step == 1)
+      for (; i + LANES <= p->keys; i += LANES) store(gradient + i, load(gradient + i) * load(weight + i));
+    for (; i < p->keys; i++) gradient[i] *= weight[i * step];
+  }
+}
+
+// ---- one head ------------------------------------------------------------------------------------------------------
+
+// Memory for a head, and the threads that work on it: one where each thread has a head of its own.
+typedef struct {
+  const problem *p;
+  num threads, sample, head;
+  float *memory;
+  float *keys_deep;    // panels of keys, for scores
+  float *keys_wide;    // panels of their width, for gradients of queries
+  float *values;       // panels of values: of their width in the forward pass, of keys in the backward pass
+  float *d_keys, *d_values;  // panels of keys
+  float *scores, *gradients; // rows of scores: of a block for each thread forward, of a piece backward
+  float *queries, *outs, *rest; // of those rows: queries, gradients of results, results or gradients of queries
+  num first;           // row of the piece
+} work;
+
+typedef struct {
+  work *w;
+  void (*step)(work *, num slot, num index);
+  loop steps;
+  num slot;
+} region;
+
+static void in_region(void *data) {
+  region *r = data;
+  num slot = __atomic_fetch_add(&r->slot, 1, __ATOMIC_RELAXED);
+  for (num index; (index = take(&r->steps)) < r->steps.count;) r->step(r->w, slot, index);
+}
+
+static void run(work *w, void (*step)(work *, num, num), num count) {
+  region r = {w, step, {count, 0, false}, 0};
+  if (w->threads > 1)
+    GOMP_parallel(in_region, &r, (unsigned)w->threads, 0);
+  else
+    in_region(&r);
+}
+
+static const float *weights_of(const work *w, num row) {
+  return w->p->weights.at == NULL ? NULL : head_of(w->p->weights, w->sample, w->head, row).at;
+}
+
+static const uint8_t *mask_of(const work *w, num row) {
+  array x = w->p->mask;
+  return x.at == NULL ? NULL : (const uint8_t *)x.at + w->sample * x.sample + w->head * x.head + row * x.row;
+}
+
+static void pack_keys(work *w, num slot, num panel) {
+  (void)slot;
+  const problem *p = w->p;
+  num key = panel * WIDE;
+  pack(w->keys_deep + key * p->width, head_of(p->key, w->sample, w->head, key), p->keys - key, p->width);
+}
+
+static void pack_forward(work *w, num slot, num index) {
+  const problem *p = w->p;
+  if (index < p->key_panels) {
+    pack_keys(w, slot, index);
+    return;
+  }
+  num column = (index - p->key_panels) * WIDE;
+  matrix from = flipped(head_of(p->value, w->sample, w->head, 0));
+  from.at += column * from.row;
+  pack(w->values + column * p->keys, from, p->values - column, p->keys);
+}
+
+static void pack_backward(work *w, num slot, num index) {
+  const problem *p = w->p;
+  if (index < p->key_panels) {
+    pack_keys(w, slot, index);
+    num key = index * WIDE;
+    pack(w->values + key * p->values, head_of(p->value, w->sample, w->head, key), p->keys - key, p->values);
+    return;
+  }
+  num column = (index - p->key_panels) * WIDE;
+  matrix from = flipped(head_of(p->key, w->sample, w->head, 0));
+  from.at += column * from.row;
+  pack(w->keys_wide + column * p->keys, from, p->width - column, p->keys);
+}
+
+static void forward_rows(work *w, num slot, num index) {
+  const problem *p = w->p;
+  num row = index * p->rows, rows = least(p->rows, p->queries - row), tall = up(rows, TALL);
+  num out_line = up(p->values, WIDE);
+  float *queries = w->queries + slot * p->rows * p->width_line, *scores = w->scores + slot * p->rows * p->line;
+  float *out = w->rest + slot * p->rows * out_line;
+  pack_rows(queries, p->width_line, head_of(p->query, w->sample, w->head, row), rows, p->width, p->scale);
+  multiply(scores, p->line, queries, p->width_line, w->keys_deep, tall, p->key_panels, p->width);
+  float inverse[ROWS];
+  for (num i = 0; i < rows; i++)
+    inverse[i] = soften(p, scores + i * p->line, weights_of(w, row + i), mask_of(w, row + i));
+  multiply(out, out_line, scores, p->line, w->values, tall, share(p->values, WIDE), p->keys);
+  for (num i = 0; i < rows; i++)
+    for (num j = 0; j < out_line; j += LANES) store(out + i * out_line + j, load(out + i * out_line + j) * inverse[i]);
+  copy(head_of(p->out, w->sample, w->head, row), (matrix){out, out_line, 1}, rows, p->values, 1);
+}
+
+static void backward_rows(work *w, num slot, num index) {
+  (void)slot;
+  const problem *p = w->p;
+  num inside = index * p->rows, row = w->first + inside, rows = least(p->rows, p->queries - row);
+  num tall = up(rows, TALL), line = p->line, d_line = up(p->width, WIDE);
+  float *queries = w->queries + inside * p->width_line, *outs = w->outs + inside * p->value_line;
+  float *scores = w->scores + inside * line, *gradients = w->gradients + inside * line;
+  float *d_queries = w->rest + inside * d_line;
+  pack_rows(queries, p->width_line, head_of(p->query, w->sample, w->head, row), rows, p->width, p->scale);
+  pack_rows(outs, p->value_line, head_of(p->out, w->sample, w->head, row), rows, p->values, 1);
+  multiply(scores, line, queries, p->width_line, w->keys_deep, tall, p->key_panels, p->width);
+  float inverse[ROWS];
+  for (num i = 0; i < rows; i++)
+    inverse[i] = soften(p, scores + i * line, weights_of(w, row + i), mask_of(w, row + i));
+  multiply(gradients, line, outs, p->value_line, w->values, tall, p->key_panels, p->values);
+  for (num i = 0; i < rows; i++)
+    harden(p, scores + i * line, gradients + i * line, inverse[i], weights_of(w, row + i));
+  multiply(d_queries, d_line, gradients, line, w->keys_wide, tall, share(p->width, WIDE), p->keys);
+  copy(head_of(p->d_query, w->sample, w->head, row), (matrix){d_queries, d_line, 1}, rows, p->width, p->scale);
+}
+
+static void backward_keys(work *w, num slot, num panel) {
+  (void)slot;
+  const problem *p = w->p;
+  num key = panel * WIDE, keys = least(WIDE, p->keys - key), rows = least(p->piece, p->queries - w->first);
+  bool add = w->first > 0, last = w->first + rows == p->queries;
+  float *d_keys = w->d_keys + key * p->width_line, *d_values = w->d_values + key * p->value_line;
+  gather(d_values, w->outs, p->value_line, w->scores + key, p->line, rows, p->values, add);
+  gather(d_keys, w->queries, p->width_line, w->gradients + key, p->line, rows, p->width, add);
+  if (last) {
+    copy(head_of(p->d_value, w->sample, w->head, key), (matrix){d_values, 1, WIDE}, keys, p->values, 1);
+    copy(head_of(p->d_key, w->sample, w->head, key), (matrix){d_keys, 1, WIDE}, keys, p->width, 1);
+  }
+}
+
+static void forward_head(work *w) {
+  run(w, pack_forward, w->p->key_panels + share(w->p->values, WIDE));
+  run(w, forward_rows, share(w->p->queries, w->p->rows));
+}
+
+static void backward_head(work *w) {
+  const problem *p = w->p;
+  run(w, pack_backward, p->key_panels + share(p->width, WIDE));
+  for (w->first = 0; w->first < p->queries; w->first += p->piece) {
+    run(w, backward_rows, share(least(p->piece, p->queries - w->first), p->rows));
+    run(w, backward_keys, p->key_panels);
+  }
+}
+
+static bool prepare(work *w, const problem *p, num threads, bool backward) {
+  num keys = p->key_panels * WIDE, rows = backward ? p->piece + TALL : threads * p->rows;
+  num sizes[] = {
+      keys * p->width,
+      backward ? p->keys * up(p->width, WIDE) : 0,
+      backward ? keys * p->values : p->keys * up(p->values, WIDE),
+      backward ? keys * p->width_line : 0,
+      backward ? keys * p->value_line : 0,
+      rows * p->line,
+      backward ? rows * p->line : 0,
+      rows * p->width_line,
+      backward ? rows * p->value_line : 0,
+      rows * up(backward ? p->width : p->values, WIDE),
+  };
+  float **parts[] = {&w->keys_deep, &w->keys_wide, &w->values,  &w->d_keys, &w->d_values,
+                     &w->scores,    &w->gradients, &w->queries, &w->outs,   &w->rest};
+  num count = 0, parts_of = sizeof sizes / sizeof *sizes;
+  for (num i = 0; i < parts_of; i++) count += up(sizes[i], WIDE);
+  w->p = p;
+  w->threads = threads;
+  w->memory = numbers(count);
+  if (w->memory == NULL) return false;
+  float *next = w->memory;
+  for (num i = 0; i < parts_of; i++) {
+    *parts[i] = next;
+    next += up(sizes[i], WIDE);
+  }
+  return true;
+}
+
+typedef struct {
+  const problem *p;
+  loop steps;
+  num threads;  // of each head
+  bool backward;
+} heads;
+
+static void some_heads(void *data) {
+  heads *h = data;
+  work w;
+  if (!prepare(&w, h->p, h->threads, h->backward)) {
+    h->steps.failed = true;
+    return;
+  }
+  for (num step; (step = take(&h->steps)) < h->steps.count;) {
+    w.sample = step / h->p->heads;
+    w.head = step % h->p->heads;
+    (h->backward ? backward_head : forward_head)(&w);
+  }
+  free(w.memory);
+}
+
+static int attend(problem *p, bool backward) {
+  p->key_panels = share(p->keys, WIDE);
+  p->line = (p->key_panels | 1) * WIDE;  // an odd number of cache lines: rows do not compete for the same places
+  p->width_line = up(p->width, TALL);
+  p->value_line = up(p->values, TALL);
+  num most_rows = most(FEWEST, least(ROWS, SCORES / p->line));
+  num count = p->samples * p->heads;
+  bool alone = count % p->threads == 0 || count >= 4 * p->threads;  // each thread has its own heads
+  if (!alone) most_rows = least(most_rows, share(p->queries, 2 * p->threads));
+  p->rows = up(share(p->queries, share(p->queries, most_rows)), TALL);
+  num blocks = most(alone ? 1 : 4 * p->threads, PIECE / p->rows);
+  p->piece = p->rows * least(blocks, share(p->queries, p->rows));
+  heads h = {p, {count, 0, false}, alone ? 1 : p->threads, backward};
+  if (alone && p->threads > 1)
+    GOMP_parallel(some_heads, &h, (unsigned)p->threads, 0);
+  else
+    some_heads(&h);
+  return h.steps.failed;
+}
+
+INLINE array array_of(const void *at, const num *strides) {
+  return (array){at, strides[0], strides[1], strides[2], strides[3]};
+}
+
+// sizes: samples, heads, queries, keys, width, values. strides: 4 of each array, in the order of arguments.
+PUBLIC int attention_forward(const num *sizes, const num *strides, const float *query, const float *key,
+                             const float *value, const float *weights, const uint8_t *mask, float *out, double scale,
+                             num threads) {
+  problem p = {.samples = sizes[0],
+               .heads = sizes[1],
+               .queries = sizes[2],
+               .keys = sizes[3],
+               .width = sizes[4],
+               .values = sizes[5],
+               .query = array_of(query, strides),
+               .key = array_of(key, strides + 4),
+               .value = array_of(value, strides + 8),
+               .weights = array_of(weights, strides + 12),
+               .mask = array_of(mask, strides + 16),
+               .out = array_of(out, strides + 20),
+               .scale = (float)scale,
+               .threads = threads};
+  return attend(&p, false);
+}
+
+PUBLIC int attention_backward(const num *sizes, const num *strides, const float *query, const float *key,
+                              const float *value, const float *weights, const uint8_t *mask, const float *gradient,
+                              float *d_query, float *d_key, float *d_value, double scale, num threads) {
+  problem p = {.samples = sizes[0],
+               .heads = sizes[1],
+               .queries = sizes[2],
+               .keys = sizes[3],
+               .width = sizes[4],
+               .values = sizes[5],
+               .query = array_of(query, strides),
+               .key = array_of(key, strides + 4),
+               .value = array_of(value, strides + 8),
+               .weights = array_of(weights, strides + 12),
+               .mask = array_of(mask, strides + 16),
+               .out = array_of(gradient, strides + 20),
+               .d_query = array_of(d_query, strides + 24),
+               .d_key = array_of(d_key, strides + 28),
+               .d_value = array_of(d_value, strides + 32),
+               .scale = (float)scale,
+               .threads = threads};
+  return attend(&p, true);
+}
