@@ -11,6 +11,7 @@ from visattn.ops.dual import best_position
 from visattn.ops.multihead import best_multihead
 
 SMALL, LARGE = 2**20, 2**28
+ATTENTION = "pieces" if native.library() is None else "native"
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,8 @@ SMALL, LARGE = 2**20, 2**28
 def test_multihead(device, precise, entries, weights, dropout, expected):
     options = {"precise": precise, "weights": weights, "dropout": dropout}
     assert best_multihead(device, compiling=False, buffers=True, entries=entries, **options) == expected
+    kernels = best_multihead(device, compiling=False, buffers=True, entries=entries, native=True, **options)
+    assert kernels == ("native" if precise and not dropout else expected)
     without = best_multihead(device, compiling=False, buffers=False, entries=entries, **options)
     assert without == ("reference" if expected == "pieces" else expected)
     compiled = best_multihead(device, compiling=True, buffers=False, entries=0, **options)
@@ -55,6 +58,8 @@ def test_multihead(device, precise, entries, weights, dropout, expected):
 def test_position(device, precise, entries, expected, without):
     options = {"precise": precise, "entries": entries}
     assert best_position(device, compiling=False, buffers=True, **options) == expected
+    kernels = best_position(device, compiling=False, buffers=True, native=True, **options)
+    assert kernels == ("native" if precise else expected)
     assert best_position(device, compiling=False, buffers=False, **options) == without
     assert best_position(device, compiling=True, buffers=False, **options) == "fused"
 
@@ -84,8 +89,8 @@ def test_convolution(size, outputs, width, groups, stride, side, expected):
 @pytest.mark.parametrize(
     ("module", "table", "call", "expected"),
     [
-        (multihead, "_MULTIHEAD", lambda x: visattn.create("mhsa", 64)(x), "pieces"),
-        (dual, "_POSITION", lambda x: visattn.create("pam", 64)(x), "pieces"),
+        (multihead, "_MULTIHEAD", lambda x: visattn.create("mhsa", 64)(x), ATTENTION),
+        (dual, "_POSITION", lambda x: visattn.create("pam", 64)(x), ATTENTION),
         (convolution, "_CONVOLUTION", lambda x: visattn.create("sk", 64, groups=16)(x), "merged"),
         (convolution, "_CONVOLUTION", lambda x: visattn.create("sk", 64, groups=16)(x), "native"),
     ],

@@ -292,7 +292,7 @@ def test_autocast_in_the_backward_pass_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
-@pytest.mark.parametrize("impl", ["auto", "pieces", "fused"])
+@pytest.mark.parametrize("impl", ["auto", "pieces", "native", "fused"])
 def test_a_large_softmax_loses_nothing(impl, monkeypatch):
     """Rows that saturate: recomputing from a log-sum-exp would cost digits of the gradients."""
     monkeypatch.setitem(_attention.KEPT, "cpu", 0)
@@ -302,7 +302,7 @@ def test_a_large_softmax_loses_nothing(impl, monkeypatch):
     assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6 * math.sqrt(30)) for a, b in zip(fast, plain))
 
 
-@pytest.mark.parametrize("impl", ["auto", "pieces", "reference", "fused"])
+@pytest.mark.parametrize("impl", ["auto", "pieces", "native", "reference", "fused"])
 @pytest.mark.parametrize("tokens", [7, 13])
 def test_queries_of_one_sample_and_keys_of_one_head_broadcast(impl, tokens):
     q, k, v = normal(1, 3, tokens, 5), normal(2, 1, 13, 5, seed=1), normal(2, 1, 13, 4, seed=2)

@@ -39,7 +39,7 @@ class PositionAttention(Block):
     Args:
         channels: Channels C of the map.
         reduction: Queries and keys have `max(1, channels // reduction)` channels.
-        impl: "auto", "reference", "fused" or "pieces", see `visattn.ops.dual.position_attention`.
+        impl: "auto", "reference", "fused", "pieces" or "native", see `visattn.ops.dual.position_attention`.
         device: Where parameters live.
         dtype: Type of the parameters.
 

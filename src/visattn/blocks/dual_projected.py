@@ -33,7 +33,7 @@ class ProjectedPositionAttention(Block):
         channels: Channels C of the map.
         kernel_size: Odd kernel of the convolution.
         attn_drop: Dropout on the attention.
-        impl: "auto", "reference", "fused" or "pieces", see `visattn.ops.multihead.multihead_attention`.
+        impl: "auto", "reference", "fused", "pieces" or "native", see `visattn.ops.multihead.multihead_attention`.
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -98,7 +98,7 @@ class ProjectedChannelAttention(Block):
         feat_size: The (H, W) it is built for.
         kernel_size: Odd kernel of the convolution.
         attn_drop: Dropout on the attention.
-        impl: "auto", "reference", "fused" or "pieces", see `visattn.ops.multihead.multihead_attention`.
+        impl: "auto", "reference", "fused", "pieces" or "native", see `visattn.ops.multihead.multihead_attention`.
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -186,7 +186,7 @@ class ProjectedDualAttention(Block):
         feat_size: The (H, W) it is built for.
         kernel_size: Odd kernel of the convolutions.
         attn_drop: Dropout on the attention.
-        impl: "auto", "reference", "fused" or "pieces", see `visattn.ops.multihead.multihead_attention`.
+        impl: "auto", "reference", "fused", "pieces" or "native", see `visattn.ops.multihead.multihead_attention`.
         device: Where parameters live.
         dtype: Type of the parameters.
 

@@ -30,7 +30,7 @@ class MultiHeadAttention(Block):
         value_dim: Width of a head's values; default `dim // num_heads`.
         project: False leaves out the projections of queries, keys and values (the "simplified" published form).
         attn_drop: Dropout on the attention.
-        impl: "auto", "reference", "fused" or "pieces", see `visattn.ops.multihead.multihead_attention`.
+        impl: "auto", "reference", "fused", "pieces" or "native", see `visattn.ops.multihead.multihead_attention`.
         device: Where parameters live.
         dtype: Type of the parameters.
 
@@ -179,7 +179,7 @@ class MultiHeadAttention2d(Block):
         head_dim: Width of a head's queries and keys; default `channels // num_heads`.
         value_dim: Width of a head's values; default `channels // num_heads`.
         attn_drop: Dropout on the attention.
-        impl: "auto", "reference", "fused" or "pieces", see `visattn.ops.multihead.multihead_attention`.
+        impl: "auto", "reference", "fused", "pieces" or "native", see `visattn.ops.multihead.multihead_attention`.
         device: Where parameters live.
         dtype: Type of the parameters.
 

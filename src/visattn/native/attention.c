@@ -5,6 +5,7 @@
 
 #include <math.h>
 
+
 #include "common.h"
 
 #define TALL 6           // rows of a tile
@@ -12,8 +13,10 @@
 #define DEEP 256         // of a product's sum at one time: such a part of a panel stays in the first cache
 #define SCORES 49152     // of a block of rows: in the second cache, beside panels
 #define ROWS 96          // of a block at most,
-#define FEWEST 24        // and at least
-#define PIECE 192        // rows whose scores are kept until they enter the gradients of keys and values
+#define FEWEST 48        // and at least
+#define GROUP 24         // columns of a gathered product at one time
+#define PANELS 8         // of keys, that a thread takes together
+#define PIECE 96         // rows whose scores are kept until they enter the gradients of keys and values
 
 #ifdef __clang__
 #define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -108,7 +111,10 @@ static void pack_rows(float *to, num line, matrix from, num rows, num columns, f
 INLINE void tile(float *c, num c_row, const float *a, num a_row, num a_deep, const float *b, num b_deep, num deep,
                  bool add) {
   vec sum[TALL][2];
-  UNROLL for (int i = 0; i < TALL; i++) sum[i][0] = sum[i][1] = all(0);
+  UNROLL for (int i = 0; i < TALL; i++) {
+    sum[i][0] = sum[i][1] = all(0);
+    __builtin_prefetch(c + i * c_row, 1);
+  }
   for (num k = 0; k < deep; k++) {
     vec left = load(b + k * b_deep), right = load(b + k * b_deep + LANES);
     UNROLL for (int i = 0; i < TALL; i++) {
@@ -141,10 +147,13 @@ static void multiply(float *c, num c_row, const float *a, num a_row, const float
   }
 }
 
-// c (+)= a^T b for 16 columns of b, c a panel: sums over rows.
-static void gather(float *c, const float *a, num a_row, const float *b, num b_row, num rows, num columns, bool add) {
-  for (num column = 0; column < columns; column += TALL)
-    tile(c + column * WIDE, WIDE, a + column, 1, a_row, b, b_row, rows, add);
+// c (+)= a^T b: sums over rows. c in panels of so many lines of 16, b in columns.
+static void gather(float *c, num lines, const float *a, num a_row, const float *b, num b_row, num rows, num columns,
+                   num panels, bool add) {
+  for (num group = 0; group < columns; group += GROUP)
+    for (num panel = 0; panel < panels; panel++)
+      for (num column = group; column < least(columns, group + GROUP); column += TALL)
+        tile(c + (panel * lines + column) * WIDE, WIDE, a + column, 1, a_row, b + panel * WIDE, b_row, rows, add);
 }
 
 // ---- softmax -------------------------------------------------------------------------------------------------------
@@ -183,6 +192,7 @@ typedef struct {
   num threads;
   num key_panels, line;       // panels of keys; numbers from a row of scores to the next
   num value_line, width_line; // the same of rows of values, of queries
+  num value_lines, width_lines; // of their gradients' panels
   num rows, piece;            // of a block; of blocks that are at hand at one time
 } problem;
 
@@ -229,9 +239,9 @@ static float soften(const problem *p, float *row, const float *weight, const uin
   vec most_of = larger(larger(high[0], high[1]), larger(high[2], high[3]));
   float maximum = most_of[0];
   for (int j = 1; j < LANES; j++) maximum = most_of[j] > maximum ? most_of[j] : maximum;
-  vec sum[4] = {all(0), all(0), all(0), all(0)};
-  for (i = 0; i + 4 * LANES <= whole; i += 4 * LANES)
-    UNROLL for (int j = 0; j < 4; j++) {
+  vec sum[2] = {all(0), all(0)};
+  for (i = 0; i + 2 * LANES <= whole; i += 2 * LANES)
+    UNROLL for (int j = 0; j < 2; j++) {
       vec e = exponential(load(row + i + j * LANES) - maximum);
       store(row + i + j * LANES, e);
       sum[j] += e;
@@ -241,7 +251,7 @@ static float soften(const problem *p, float *row, const float *weight, const uin
     store(row + i, e);
     sum[0] += e;
   }
-  return 1 / total((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return 1 / total(sum[0] + sum[1]);
 }
 
 // Gradient of a row of scores from that of its probabilities; `row` becomes the probabilities.
@@ -383,17 +393,21 @@ static void backward_rows(work *w, num slot, num index) {
   copy(head_of(p->d_query, w->sample, w->head, row), (matrix){d_queries, d_line, 1}, rows, p->width, p->scale);
 }
 
-static void backward_keys(work *w, num slot, num panel) {
+static void backward_keys(work *w, num slot, num index) {
   (void)slot;
   const problem *p = w->p;
-  num key = panel * WIDE, keys = least(WIDE, p->keys - key), rows = least(p->piece, p->queries - w->first);
+  num panel = index * PANELS, panels = least(PANELS, p->key_panels - panel), key = panel * WIDE;
+  num rows = least(p->piece, p->queries - w->first), keys = least(panels * WIDE, p->keys - key);
   bool add = w->first > 0, last = w->first + rows == p->queries;
-  float *d_keys = w->d_keys + key * p->width_line, *d_values = w->d_values + key * p->value_line;
-  gather(d_values, w->outs, p->value_line, w->scores + key, p->line, rows, p->values, add);
-  gather(d_keys, w->queries, p->width_line, w->gradients + key, p->line, rows, p->width, add);
-  if (last) {
-    copy(head_of(p->d_value, w->sample, w->head, key), (matrix){d_values, 1, WIDE}, keys, p->values, 1);
-    copy(head_of(p->d_key, w->sample, w->head, key), (matrix){d_keys, 1, WIDE}, keys, p->width, 1);
+  float *d_keys = w->d_keys + key * p->width_lines, *d_values = w->d_values + key * p->value_lines;
+  gather(d_values, p->value_lines, w->outs, p->value_line, w->scores + key, p->line, rows, p->values, panels, add);
+  gather(d_keys, p->width_lines, w->queries, p->width_line, w->gradients + key, p->line, rows, p->width, panels, add);
+  if (!last) return;
+  for (num i = 0; i < keys; i += WIDE) {
+    matrix from = {d_values + i * p->value_lines, 1, WIDE};
+    copy(head_of(p->d_value, w->sample, w->head, key + i), from, least(WIDE, keys - i), p->values, 1);
+    from.at = d_keys + i * p->width_lines;
+    copy(head_of(p->d_key, w->sample, w->head, key + i), from, least(WIDE, keys - i), p->width, 1);
   }
 }
 
@@ -407,7 +421,7 @@ static void backward_head(work *w) {
   run(w, pack_backward, p->key_panels + share(p->width, WIDE));
   for (w->first = 0; w->first < p->queries; w->first += p->piece) {
     run(w, backward_rows, share(least(p->piece, p->queries - w->first), p->rows));
-    run(w, backward_keys, p->key_panels);
+    run(w, backward_keys, share(p->key_panels, PANELS));
   }
 }
 
@@ -417,8 +431,8 @@ static bool prepare(work *w, const problem *p, num threads, bool backward) {
       keys * p->width,
       backward ? p->keys * up(p->width, WIDE) : 0,
       backward ? keys * p->values : p->keys * up(p->values, WIDE),
-      backward ? keys * p->width_line : 0,
-      backward ? keys * p->value_line : 0,
+      backward ? keys * p->width_lines : 0,
+      backward ? keys * p->value_lines : 0,
       rows * p->line,
       backward ? rows * p->line : 0,
       rows * p->width_line,
@@ -466,8 +480,10 @@ static void some_heads(void *data) {
 static int attend(problem *p, bool backward) {
   p->key_panels = share(p->keys, WIDE);
   p->line = (p->key_panels | 1) * WIDE;  // an odd number of cache lines: rows do not compete for the same places
-  p->width_line = up(p->width, TALL);
-  p->value_line = up(p->values, TALL);
+  p->width_lines = up(p->width, TALL);
+  p->value_lines = up(p->values, TALL);
+  p->width_line = (share(p->width_lines, WIDE) | 1) * WIDE;
+  p->value_line = (share(p->value_lines, WIDE) | 1) * WIDE;
   num most_rows = most(FEWEST, least(ROWS, SCORES / p->line));
   num count = p->samples * p->heads;
   bool alone = count % p->threads == 0 || count >= 4 * p->threads;  // each thread has its own heads

@@ -24,12 +24,18 @@ def _function(name: str) -> Callable[..., int]:
     return function  # type: ignore[no-any-return]
 
 
-def fits(*tensors: Tensor | None) -> bool:
-    """Whether the kernels are there and serve these tensors: float32 or boolean ones on a CPU."""
-    return library() is not None and all(
-        x.dtype in (torch.float32, torch.bool) and x.device.type == "cpu" and x.layout is torch.strided
-        for x in tensors
-        if x is not None
+def fits(
+    query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None = None, mask: Tensor | None = None
+) -> bool:
+    """Whether the kernels are there and serve these tensors (see `attend`)."""
+    numbers = [x for x in (query, key, value, weights) if x is not None]
+    return (
+        all(x.dtype == torch.float32 and not x.is_neg() for x in numbers)
+        and all(x.device.type == "cpu" and x.layout == torch.strided for x in (*numbers, mask) if x is not None)
+        and query.ndim == key.ndim == value.ndim == 4
+        and query.shape[3] == key.shape[3]
+        and key.shape[2] == value.shape[2]
+        and library() is not None
     )
 
 
@@ -92,4 +98,4 @@ def attend_backward(
         gradient: Of the result.
         into: Like queries, keys and values.
     """
-    _call("attention_backward", query, key, value, weights, mask, gradient, *into, scale=scale)
+    _call("attention_backward", query, key, value, weights, mask, gradient.resolve_neg(), *into, scale=scale)

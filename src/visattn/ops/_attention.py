@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visattn.native.attention import attend, attend_backward, fits
 from visattn.ops._shared import (
     again,
     differentiate_again,
     eager,
     full_precision,
     need_eager,
+    need_library,
     precise,
     recording,
     upcast,
@@ -81,6 +83,13 @@ def _weights(
     return out
 
 
+def _empty_result(query: Tensor, value: Tensor) -> Tensor:
+    batch, heads, rows, width = (*query.shape[:3], value.shape[3])
+    if rows == value.shape[2]:
+        return torch.empty_like(value)  # the layout of the values too: heads that are a view of tokens or of a map
+    return query.new_empty_strided((batch, heads, rows, width), (rows * heads * width, width, heads * width, 1))
+
+
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -90,12 +99,7 @@ def _forward(
     scale: float,
     kept: Tensor | None = None,
 ) -> Tensor:
-    batch, heads, rows = query.shape[:3]
-    if rows == value.shape[2]:
-        out = torch.empty_like(value)  # the layout of the values too: heads that are a view of tokens or of a map
-    else:
-        width = value.shape[3]
-        out = query.new_empty_strided((batch, heads, rows, width), (rows * heads * width, width, heads * width, 1))
+    out = _empty_result(query, value)
     buffer = _buffer(query, key) if kept is None else query.new_empty(0)
     for sample, some, part in _pieces(query, key):
         q, k = query[sample, some, part], key[sample, some]
@@ -109,6 +113,14 @@ def _forward(
             None if mask is None else _part(mask, sample, some, part),
         )
         torch.bmm(attention, value[sample, some], out=out[sample, some, part])
+    return out
+
+
+def _native(
+    query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None, mask: Tensor | None, scale: float
+) -> Tensor:
+    out = _empty_result(query, value)
+    attend(query, key, value, weights, mask, scale, out)
     return out
 
 
@@ -137,17 +149,18 @@ class _Attention(torch.autograd.Function):
         mask: Tensor | None,
         scale: float,
         plain: Any,
-        fused: bool,
+        kernel: str,
     ) -> Tensor:
-        if fused:
+        ctx.scale, ctx.plain, ctx.kernel = scale, plain, kernel
+        if kernel != "pieces":
             ctx.save_for_backward(query, key, value, weights, mask, None)
-            ctx.scale, ctx.plain = scale, plain
-            return _fused(query, key, value, mask, scale)
+            if kernel == "fused":
+                return _fused(query, key, value, mask, scale)
+            return _native(query, key, value, weights, mask, scale)
         keep = math.prod(query.shape[:3]) * key.shape[2] <= KEPT.get(query.device.type, KEPT["cpu"])
         kept = query.new_empty(*query.shape[:3], key.shape[2]) if keep else None
         out = _forward(query, key, value, weights, mask, scale, kept)
         ctx.save_for_backward(query, key, value, weights, mask, kept)
-        ctx.scale, ctx.plain = scale, plain
         return out
 
     @staticmethod
@@ -168,6 +181,9 @@ class _Attention(torch.autograd.Function):
             )
             return (*plain, None, None, None, None)
         d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))  # heads stay views of tokens
+        if ctx.kernel == "native" and not needed[3]:  # gradients of weights are rare, and go piece by piece
+            attend_backward(query, key, value, weights, mask, scale, gradient, (d_query, d_key, d_value))
+            return d_query, d_key, d_value, None, None, None, None, None
         d_weights = torch.zeros_like(weights) if weights is not None and needed[3] else None
         buffer = _buffer(query, key)
         recomputed = _buffer(query, key) if kept is None else buffer
@@ -211,6 +227,7 @@ def attend_in_pieces(
     scale: float = 1.0,
     weights: Tensor | None = None,
     mask: Tensor | None = None,
+    impl: str = "pieces",
 ) -> Tensor:
     """`softmax(mask(weights * scale * q k^T)) v` with a small part of the matrix in memory, in float32 or float64.
 
@@ -222,21 +239,25 @@ def attend_in_pieces(
         scale: Of the scores.
         weights: Multiplies the scores; broadcasts to (B, heads, Nq, Nk).
         mask: Boolean, as `weights`; True means "do not attend".
+        impl: "pieces", or "native" for kernels in C where numbers are float32.
 
     Returns:
         (B, heads, Nq, E), float32 for 16-bit inputs; laid out as the values, or as (B, Nq, heads, E).
 
     Raises:
-        ValueError: Where only plain operations will do, as under a compiler.
+        ValueError: Where only plain operations will do, as under a compiler, or "native" without kernels.
     """
-    need_eager("pieces", query, key, value, weights, mask)
+    need_eager(impl, query, key, value, weights, mask)
+    if impl == "native":
+        need_library(impl, query)
     with full_precision(query):
         query, key, value = _expanded(upcast(query), upcast(key), upcast(value))
         weights = None if weights is None else weights.to(query.dtype)
+        kernel = "native" if impl == "native" and fits(query, key, value, weights, mask) else "pieces"
         if recording(query, key, value, weights):
-            out: Tensor = _Attention.apply(query, key, value, weights, mask, scale, plain, False)
+            out: Tensor = _Attention.apply(query, key, value, weights, mask, scale, plain, kernel)
             return out
-        return _forward(query, key, value, weights, mask, scale)
+        return (_native if kernel == "native" else _forward)(query, key, value, weights, mask, scale)
 
 
 def attend_fused(
@@ -265,6 +286,6 @@ def attend_fused(
     """
     ours = dropout_p == 0 and query.dtype == torch.float32 and recording(query, key, value)
     if ours and eager(query, key, value, mask) and precise(query, key, value):
-        out: Tensor = _Attention.apply(*_expanded(query, key, value), None, mask, scale, plain, True)
+        out: Tensor = _Attention.apply(*_expanded(query, key, value), None, mask, scale, plain, "fused")
         return out
     return _fused(query, key, value, mask, scale, dropout_p)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visattn import native
+from visattn.native.attention import attend, fits
 from visattn.ops._attention import KEPT, PIECE, attend_fused, attend_in_pieces
 from visattn.ops._products import NATIVE, Products, best_products
 from visattn.ops._shared import (
@@ -41,7 +42,7 @@ __all__ = [
     "position_weights",
 ]
 
-
+POSITIONS = 1024  # of a map that the value convolution takes at one time
 Projection = tuple[Tensor, Tensor]
 
 
@@ -81,7 +82,14 @@ def _position_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out.squeeze(1).transpose(1, 2).reshape(value.shape).to(value.dtype)
 
 
-def best_position(device: str, *, compiling: bool, buffers: bool, precise: bool, entries: int) -> str:
+def _position_native(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    out = attend_in_pieces(_one_head(query), _one_head(key), _one_head(value), _plain, impl="native")
+    return out.squeeze(1).transpose(1, 2).reshape(value.shape).to(value.dtype)
+
+
+def best_position(
+    device: str, *, compiling: bool, buffers: bool, precise: bool, entries: int, native: bool = False
+) -> str:
     """The implementation that "auto" takes.
 
     On a CPU torch's fused kernels want queries as wide as values, and anywhere they know no second derivatives. 16-bit
@@ -93,7 +101,10 @@ def best_position(device: str, *, compiling: bool, buffers: bool, precise: bool,
         buffers: Whether code with buffers of its own may serve the tensors.
         precise: Whether they are float32 or float64, without autocast.
         entries: Size of the attention matrix.
+        native: Whether the compiled kernels serve the tensors.
     """
+    if native and buffers and precise:
+        return "native"
     if compiling or not (precise or (buffers and device == "cpu")):
         return "fused"
     small = entries <= KEPT.get(device, KEPT["cpu"])
@@ -104,12 +115,14 @@ def best_position(device: str, *, compiling: bool, buffers: bool, precise: bool,
 
 def _position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     compiling = torch.compiler.is_compiling()
+    buffers = eager(query, key, value)
     name = best_position(
         query.device.type,
         compiling=compiling,
-        buffers=eager(query, key, value),
+        buffers=buffers,
         precise=precise(query, key, value),
         entries=0 if compiling else query.shape[0] * (query.shape[2] * query.shape[3]) ** 2,
+        native=buffers and fits(_one_head(query), _one_head(key), _one_head(value)),
     )
     return _POSITION[name](query, key, value)
 
@@ -119,6 +132,7 @@ _POSITION = {
     "reference": _position_reference,
     "fused": _position_fused,
     "pieces": _position_pieces,
+    "native": _position_native,
 }
 POSITION_IMPLEMENTATIONS = tuple(_POSITION)
 
@@ -131,7 +145,8 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, *, impl: str =
         key: (B, D, H, W).
         value: (B, C, H, W).
         impl: "auto"; "reference", which holds the N x N matrix; "fused", torch's kernels; "pieces", a part of the
-            matrix at a time, not for compilers.
+            matrix at a time, not for compilers; "native", the same on a CPU, in C where numbers are
+            float32, after upcasting.
 
     Returns:
         (B, C, H, W) in the dtype of `value`. Softmax of 16-bit inputs runs in float32.
@@ -183,10 +198,30 @@ def _position_residual_pieces(
     return out
 
 
+@torch.no_grad()
+def _position_residual_native(
+    x: Tensor, query: Projection, key: Projection, value: Projection, gamma: Tensor
+) -> Tensor:
+    # As in pieces: the value convolution comes after, some positions at a time, over what was attended to.
+    out, flat_out = empty_map(x)
+    query_weight, key_weight, weight = (projection[0].flatten(1) for projection in (query, key, value))
+    weight, bias = gamma * weight, (gamma * value[1])[:, None]
+    for x_map, y_map in zip(x.flatten(2), flat_out, strict=True):
+        queries = torch.addmm(query[1][:, None], query_weight, x_map)
+        keys = torch.addmm(key[1][:, None], key_weight, x_map)
+        heads = [y.t()[None, None] for y in (queries, keys, x_map, y_map)]
+        attend(*heads[:3], None, None, 1.0, heads[3])
+        for inputs, y in zip(x_map.split(POSITIONS, dim=1), y_map.split(POSITIONS, dim=1), strict=True):
+            torch.add(torch.addmm(bias, weight, y), inputs, out=y)
+    return out
+
+
 def _position_residual(x: Tensor, query: Projection, key: Projection, value: Projection, gamma: Tensor) -> Tensor:
     tensors = (x, *query, *key, *value, gamma)
     if x.device.type == "cpu" and eager(*tensors) and precise(*tensors) and not recording(*tensors):
-        return _position_residual_pieces(x, query, key, value, gamma)
+        native = library() is not None and x.dtype == torch.float32
+        run = _position_residual_native if native else _position_residual_pieces
+        return run(x, query, key, value, gamma)
     return _position_residual_plain(x, query, key, value, gamma, _position)
 
 

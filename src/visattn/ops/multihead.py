@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visattn.errors import check
+from visattn.native.attention import fits
 from visattn.ops._attention import KEPT, attend_fused, attend_in_pieces
 from visattn.ops._shared import choose, eager, full_precision, precise, upcast
 
@@ -98,8 +99,30 @@ def _pieces(
     return out.to(value.dtype)
 
 
+def _native(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    check(dropout_p == 0, "multihead_attention", "impl='native' knows no dropout", dropout_p=dropout_p)
+    out = attend_in_pieces(query, key, value, _reference, scale=scale, weights=weights, mask=mask, impl="native")
+    return out.to(value.dtype)
+
+
 def best_multihead(
-    device: str, *, compiling: bool, buffers: bool, precise: bool, entries: int, weights: bool, dropout: bool
+    device: str,
+    *,
+    compiling: bool,
+    buffers: bool,
+    precise: bool,
+    entries: int,
+    weights: bool,
+    dropout: bool,
+    native: bool = False,
 ) -> str:
     """The implementation that "auto" takes.
 
@@ -114,7 +137,10 @@ def best_multihead(
         entries: Size of the attention matrix.
         weights: Whether there are attention weights.
         dropout: Whether there is dropout.
+        native: Whether the compiled kernels serve the tensors.
     """
+    if native and buffers and precise and not dropout:
+        return "native"
     small = not compiling and entries <= KEPT.get(device, KEPT["cpu"])
     if not weights and not (precise and small):
         return "fused"
@@ -140,11 +166,12 @@ def _auto(
         entries=0 if compiling else math.prod(query.shape[:3]) * key.shape[2],  # a compiler has symbols here
         weights=weights is not None,
         dropout=dropout_p > 0,
+        native=not compiling and fits(query, key, value, weights, mask),
     )
     return _MULTIHEAD[name](query, key, value, mask, weights, scale, dropout_p)
 
 
-_MULTIHEAD = {"auto": _auto, "reference": _reference, "fused": _fused, "pieces": _pieces}
+_MULTIHEAD = {"auto": _auto, "reference": _reference, "fused": _fused, "pieces": _pieces, "native": _native}
 IMPLEMENTATIONS = tuple(_MULTIHEAD)
 
 
@@ -173,7 +200,8 @@ def multihead_attention(
         scale: Default `1 / sqrt(D)`.
         dropout_p: Share of attention entries dropped.
         impl: "auto"; "reference"; "fused", torch's kernels, without weights; "pieces", a part of the matrix at a
-            time, without dropout, not for compilers.
+            time, without dropout, not for compilers; "native", the same on a CPU, in C where
+            numbers are float32, after upcasting.
 
     Returns:
         (B, heads, Nq, E). Softmax of 16-bit inputs runs in float32.
