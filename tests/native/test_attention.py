@@ -113,7 +113,11 @@ def test_a_query_without_keys_is_zero():
 
 def test_every_element_of_strided_inputs():
     """Views with gaps, of one number seen everywhere, and a gradient that is such."""
-    q, k, v = normal(2, 3, 29, 14, seed=1)[..., ::2], normal(2, 3, 62, 7, seed=2)[:, :, 1::2], normal(1, 1, 1, 9, seed=3)
+    q, k, v = (
+        normal(2, 3, 29, 14, seed=1)[..., ::2],
+        normal(2, 3, 62, 7, seed=2)[:, :, 1::2],
+        normal(1, 1, 1, 9, seed=3),
+    )
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v.expand(2, 3, 31, 9)))
     fast = torch.autograd.grad(multihead_attention(q, k, v, impl="native").sum(), (q, k, v))
     plain = torch.autograd.grad(multihead_attention(q, k, v, impl="reference").sum(), (q, k, v))
@@ -204,7 +208,9 @@ def test_the_choice_is_the_kernel(monkeypatch):
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
     q = normal(1, 1, 5, 3)
-    with pytest.raises(ValueError, match=r"impl='native': the kernels in C run .* compiled=False. Leave impl at 'auto'"):
+    with pytest.raises(
+        ValueError, match=r"impl='native': the kernels in C run .* compiled=False. Leave impl at 'auto'"
+    ):
         multihead_attention(q, q, q, impl="native")
     with pytest.raises(ValueError, match="knows no dropout"):
         multihead_attention(q, q, q, impl="native", dropout_p=0.5)

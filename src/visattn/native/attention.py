@@ -24,9 +24,7 @@ def _function(name: str) -> Callable[..., int]:
     return function  # type: ignore[no-any-return]
 
 
-def fits(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None = None, mask: Tensor | None = None
-) -> bool:
+def fits(query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None = None, mask: Tensor | None = None) -> bool:
     """Whether the kernels are there and serve these tensors (see `attend`)."""
     numbers = [x for x in (query, key, value, weights) if x is not None]
     return (

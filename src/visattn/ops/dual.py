@@ -209,8 +209,8 @@ def _position_residual_native(
     for x_map, y_map in zip(x.flatten(2), flat_out, strict=True):
         queries = torch.addmm(query[1][:, None], query_weight, x_map)
         keys = torch.addmm(key[1][:, None], key_weight, x_map)
-        heads = [y.t()[None, None] for y in (queries, keys, x_map, y_map)]
-        attend(*heads[:3], None, None, 1.0, heads[3])
+        as_queries, as_keys, as_values, into = (y.t()[None, None] for y in (queries, keys, x_map, y_map))
+        attend(as_queries, as_keys, as_values, None, None, 1.0, into)
         for inputs, y in zip(x_map.split(POSITIONS, dim=1), y_map.split(POSITIONS, dim=1), strict=True):
             torch.add(torch.addmm(bias, weight, y), inputs, out=y)
     return out
