@@ -5,18 +5,17 @@
 
 #include <math.h>
 
-
 #include "common.h"
 
-#define TALL 6           // rows of a tile
-#define WIDE (2 * LANES) // its columns, and those of a panel
-#define DEEP 256         // of a product's sum at one time: such a part of a panel stays in the first cache
-#define SCORES 49152     // of a block of rows: in the second cache, beside panels
-#define ROWS 96          // of a block at most,
-#define FEWEST 48        // and at least
-#define GROUP 24         // columns of a gathered product at one time
-#define PANELS 8         // of keys, that a thread takes together
-#define PIECE 96         // rows whose scores are kept until they enter the gradients of keys and values
+#define TALL 6            // rows of a tile
+#define WIDE (2 * LANES)  // its columns, and those of a panel
+#define DEEP 256          // of a product's sum at one time: such a part of a panel stays in the first cache
+#define SCORES 49152      // of a block of rows: in the second cache, beside panels
+#define ROWS 96           // of a block at most,
+#define FEWEST 48         // and at least
+#define GROUP 24          // columns of a gathered product at one time: with 16 of the scores, in the first cache
+#define PANELS 8          // of keys, that a thread takes together
+#define PIECE 96          // about so many rows whose scores are kept until they enter the gradients of keys and values
 
 #ifdef __clang__
 #define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -190,10 +189,10 @@ typedef struct {
   array d_query, d_key, d_value;
   float scale;
   num threads;
-  num key_panels, line;       // panels of keys; numbers from a row of scores to the next
-  num value_line, width_line; // the same of rows of values, of queries
-  num value_lines, width_lines; // of their gradients' panels
-  num rows, piece;            // of a block; of blocks that are at hand at one time
+  num key_panels, line;          // panels of keys; numbers from a row of scores to the next
+  num value_line, width_line;    // the same of rows of values, of queries
+  num value_lines, width_lines;  // of the panels of their gradients
+  num rows, piece;               // of a block; of the blocks that are at hand at one time
 } problem;
 
 INLINE matrix head_of(array x, num sample, num head, num row) {
@@ -283,13 +282,13 @@ typedef struct {
   const problem *p;
   num threads, sample, head;
   float *memory;
-  float *keys_deep;    // panels of keys, for scores
-  float *keys_wide;    // panels of their width, for gradients of queries
-  float *values;       // panels of values: of their width in the forward pass, of keys in the backward pass
-  float *d_keys, *d_values;  // panels of keys
-  float *scores, *gradients; // rows of scores: of a block for each thread forward, of a piece backward
-  float *queries, *outs, *rest; // of those rows: queries, gradients of results, results or gradients of queries
-  num first;           // row of the piece
+  float *keys_deep;              // panels of keys, for scores
+  float *keys_wide;              // panels of their width, for gradients of queries
+  float *values;                 // panels of their width in the forward pass, of keys in the backward pass
+  float *d_keys, *d_values;      // panels of keys
+  float *scores, *gradients;     // rows of scores: of a block for each thread forward, of a piece backward
+  float *queries, *outs, *rest;  // of those rows: queries, gradients of results, results or gradients of queries
+  num first;                     // row of the piece
 } work;
 
 typedef struct {
