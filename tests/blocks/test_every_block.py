@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import visattn
+from visattn import native
 from visattn.registry import resolve
 from visattn.testing.examples import FEAT_SIZE, example, example_input, randomize, required_arguments
 from visattn.testing.tolerance import NEIGHBOURS, assert_close_to_exact, nudge
@@ -39,7 +40,8 @@ def close(actual, expected, tolerance=1e-10):
     return float((actual - expected).abs().max()) < tolerance * max(1.0, float(expected.abs().max()))
 
 
-IMPLS = [(name, impl) for name in NAMES for impl in resolve(name).cls.impls if impl != "reference"]
+WITHOUT = ("reference",) if native.library() else ("reference", "native")
+IMPLS = [(name, impl) for name in NAMES for impl in resolve(name).cls.impls if impl not in WITHOUT]
 
 
 def has_impl(name):

@@ -1,5 +1,5 @@
-// Softmax attention and its gradients. Some rows of the matrix exist at a time: all their scores, so that the softmax is
-// the plain one, small enough to stay in a core's cache. Products are of packed panels, 6 x 16 numbers in registers.
+// Softmax attention and its gradients. Some rows of the matrix exist at a time: all their scores, so that the softmax
+// is the plain one, few enough to stay in a core's cache. Products are of packed panels, 6 x 16 numbers in registers.
 //
 // Names: a score belongs to a query (its row) and a key. `width` numbers make a query or key, `values` a value.
 
