@@ -132,7 +132,7 @@ def swapped_branches(features, gates, *_):
     return torch.cat([feature * weights[:, i] for i, feature in enumerate(features)], dim=1)
 
 
-def not_inverted(flat, inverted):
+def not_inverted(flat, inverted, by):
     return (flat @ flat.transpose(1, 2)).softmax(dim=-1)
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import visattn
-from visattn import native
 from visattn.registry import resolve
 from visattn.testing.examples import FEAT_SIZE, example, example_input, randomize, required_arguments
 from visattn.testing.tolerance import NEIGHBOURS, assert_close_to_exact, nudge
@@ -40,8 +39,7 @@ def close(actual, expected, tolerance=1e-10):
     return float((actual - expected).abs().max()) < tolerance * max(1.0, float(expected.abs().max()))
 
 
-WITHOUT = ("reference",) if native.library() else ("reference", "native")
-IMPLS = [(name, impl) for name in NAMES for impl in resolve(name).cls.impls if impl not in WITHOUT]
+IMPLS = [(name, impl) for name in NAMES for impl in resolve(name).cls.impls if impl != "reference"]
 
 
 def has_impl(name):

@@ -16,11 +16,6 @@ from visattn.ops.pyramid_squeeze import pyramid_squeeze
 from visattn.ops.selective_kernel import branch_descriptor, branch_select
 
 
-def there(*names):
-    """Of some implementations those that this installation has."""
-    return [name for name in names if name != "native" or native.library() is not None]
-
-
 def normal(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
@@ -50,7 +45,7 @@ def pieces(request, monkeypatch):
 
 @pytest.mark.parametrize("weights", [None, (7, 13), (3, 1, 13), (2, 1, 7, 13), (2, 3, 7, 1), (1,)])
 @pytest.mark.parametrize("mask", [None, (13,), (7, 13), (2, 1, 7, 13), (1, 3, 1, 13)])
-@pytest.mark.parametrize("impl", there(*multihead.IMPLEMENTATIONS))
+@pytest.mark.parametrize("impl", multihead.IMPLEMENTATIONS)
 def test_multihead_attention(impl, mask, weights, pieces):
     if impl == "fused" and weights:
         with pytest.raises(ValueError, match=r"impl='fused' knows no attention_weights"):
@@ -69,7 +64,7 @@ def test_multihead_attention(impl, mask, weights, pieces):
     assert_equal(run(impl), run("reference"), [q, k, v, *([normal(*weights, seed=5)] if weights else [])])
 
 
-@pytest.mark.parametrize("impl", there(*dual.POSITION_IMPLEMENTATIONS))
+@pytest.mark.parametrize("impl", dual.POSITION_IMPLEMENTATIONS)
 def test_position_attention(impl, pieces):
     q, k, v = normal(2, 3, 5, 7, seed=1), normal(2, 3, 5, 7, seed=2), normal(2, 11, 5, 7, seed=3)
     assert_equal(
@@ -78,7 +73,7 @@ def test_position_attention(impl, pieces):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("impl", there(*dual.POSITION_IMPLEMENTATIONS))
+@pytest.mark.parametrize("impl", dual.POSITION_IMPLEMENTATIONS)
 def test_position_residual(impl, layout, pieces):
     x = normal(2, 11, 5, 7).detach().contiguous(memory_format=layout).requires_grad_()
     q, k, v = ((normal(n, 11, 1, 1, seed=n), normal(n, seed=n + 1)) for n in (3, 3, 11))
@@ -298,7 +293,7 @@ def test_autocast_in_the_backward_pass_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
-@pytest.mark.parametrize("impl", there("auto", "pieces", "native", "fused"))
+@pytest.mark.parametrize("impl", native.served(["auto", "pieces", "native", "fused"]))
 def test_a_large_softmax_loses_nothing(impl, monkeypatch):
     """Rows that saturate: recomputing from a log-sum-exp would cost digits of the gradients."""
     monkeypatch.setitem(_attention.KEPT, "cpu", 0)
@@ -308,7 +303,7 @@ def test_a_large_softmax_loses_nothing(impl, monkeypatch):
     assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6 * math.sqrt(30)) for a, b in zip(fast, plain))
 
 
-@pytest.mark.parametrize("impl", there("auto", "pieces", "native", "reference", "fused"))
+@pytest.mark.parametrize("impl", native.served(["auto", "pieces", "native", "reference", "fused"]))
 @pytest.mark.parametrize("tokens", [7, 13])
 def test_queries_of_one_sample_and_keys_of_one_head_broadcast(impl, tokens):
     q, k, v = normal(1, 3, tokens, 5), normal(2, 1, 13, 5, seed=1), normal(2, 1, 13, 4, seed=2)

@@ -19,6 +19,7 @@ from visattn.errors import check
 
 __all__ = ["available", "call", "flops", "need", "served"]
 
+Argument = Tensor | ctypes.Structure | ctypes.Array[Any] | int | float | bool | None
 DTYPES = (torch.float32, torch.float64)
 MISSING = "visattn was installed without its kernels"
 FILE = Path(__file__).with_name("kernels.so")
@@ -70,12 +71,12 @@ def flops() -> int:
     return _flops
 
 
-def call(name: str, *arguments: Tensor | ctypes.Structure | int | bool | None, flops: int) -> None:
-    """Call a kernel with pointers to tensors and structures, integers, and the number of threads in the end.
+def call(name: str, *arguments: Argument, flops: int) -> None:
+    """Call a kernel with pointers to tensors, structures and arrays, numbers, and how many threads in the end.
 
     Args:
         name: Of the kernel, without the type of the numbers, which is that of the first tensor.
-        *arguments: Contiguous tensors of a CPU, all of one type.
+        *arguments: As the kernel has them. Tensors are on the CPU, all of one type; strides are the caller's care.
         flops: What it computes, one multiply-add as 2.
 
     Raises:
@@ -89,8 +90,10 @@ def call(name: str, *arguments: Tensor | ctypes.Structure | int | bool | None, f
     for argument in (*arguments, torch.get_num_threads()):
         if isinstance(argument, Tensor):
             given.append(ctypes.c_void_p(argument.data_ptr()))
-        elif isinstance(argument, ctypes.Structure):
+        elif isinstance(argument, ctypes.Structure | ctypes.Array):
             given.append(ctypes.byref(argument))
+        elif isinstance(argument, float):
+            given.append(ctypes.c_double(argument))
         else:
             given.append(None if argument is None else ctypes.c_ssize_t(argument))
     kind = next(argument.dtype for argument in arguments if isinstance(argument, Tensor))

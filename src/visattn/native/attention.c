@@ -17,46 +17,22 @@
 #define PANELS 8          // of keys, that a thread takes together
 #define PIECE 96          // about so many rows whose scores are kept until they enter the gradients of keys and values
 
-#ifdef __clang__
-#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define MIX(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
-#endif
-
 typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 INLINE num up(num x, num step) { return share(x, step) * step; }
 
 // ---- copies --------------------------------------------------------------------------------------------------------
 
-INLINE void transpose(vec r[8]) {
-  vec s[8], t[8];
-  UNROLL for (int i = 0; i < 8; i += 2) {
-    s[i] = MIX(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    s[i + 1] = MIX(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  UNROLL for (int i = 0; i < 8; i += 4) {
-    t[i] = MIX(s[i], s[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-    t[i + 1] = MIX(s[i], s[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    t[i + 2] = MIX(s[i + 1], s[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
-    t[i + 3] = MIX(s[i + 1], s[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
-  }
-  UNROLL for (int i = 0; i < 4; i++) {
-    r[i] = MIX(t[i], t[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    r[i + 4] = MIX(t[i], t[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-}
-
 // A matrix in memory: where its first number is, and how far apart rows and columns are.
 typedef struct {
-  float *at;
+  real *at;
   num row, column;
 } matrix;
 
 INLINE matrix flipped(matrix x) { return (matrix){x.at, x.column, x.row}; }
 
 // to = factor * from, of whatever layout.
-static void copy(matrix to, matrix from, num rows, num columns, float factor) {
+static void copy(matrix to, matrix from, num rows, num columns, real factor) {
   if (from.row == 1 && from.column != 1) {
     to = flipped(to);
     from = flipped(from);
@@ -67,15 +43,15 @@ static void copy(matrix to, matrix from, num rows, num columns, float factor) {
   num row = 0, wide = columns - columns % LANES;
   if (from.column == 1 && to.column == 1) {
     for (; row < rows; row++) {
-      float *into = to.at + row * to.row;
-      const float *x = from.at + row * from.row;
+      real *into = to.at + row * to.row;
+      const real *x = from.at + row * from.row;
       for (num i = 0; i < wide; i += LANES) store(into + i, factor * load(x + i));
       for (num i = wide; i < columns; i++) into[i] = factor * x[i];
     }
   } else if (from.column == 1 && to.row == 1) {
     for (; row + LANES <= rows; row += LANES) {
-      const float *x = from.at + row * from.row;
-      float *into = to.at + row;
+      const real *x = from.at + row * from.row;
+      real *into = to.at + row;
       for (num i = 0; i < wide; i += LANES) {
         vec part[8];
         UNROLL for (int j = 0; j < 8; j++) part[j] = factor * load(x + j * from.row + i);
@@ -92,22 +68,22 @@ static void copy(matrix to, matrix from, num rows, num columns, float factor) {
 }
 
 // Panel of 16 rows of a matrix: panel[column][16], zero where there are fewer rows.
-static void pack(float *panel, matrix from, num rows, num columns) {
-  if (rows < WIDE) memset(panel, 0, (size_t)(4 * WIDE * columns));
+static void pack(real *panel, matrix from, num rows, num columns) {
+  if (rows < WIDE) memset(panel, 0, sizeof(real) * (size_t)(WIDE * columns));
   copy((matrix){panel, 1, WIDE}, from, least(rows, WIDE), columns, 1);
 }
 
 // Rows one after the other, `line` numbers apart: up to whole tiles of zeros.
-static void pack_rows(float *to, num line, matrix from, num rows, num columns, float factor) {
-  for (num row = 0; row < rows; row++) memset(to + row * line + columns, 0, (size_t)(4 * (line - columns)));
-  memset(to + rows * line, 0, (size_t)(4 * line * (up(rows, TALL) - rows)));
+static void pack_rows(real *to, num line, matrix from, num rows, num columns, real factor) {
+  for (num row = 0; row < rows; row++) memset(to + row * line + columns, 0, sizeof(real) * (size_t)((line - columns)));
+  memset(to + rows * line, 0, sizeof(real) * (size_t)(line * (up(rows, TALL) - rows)));
   copy((matrix){to, line, 1}, from, rows, columns, factor);
 }
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
 // 6 x 16 numbers of c (+)= a b.
-INLINE void tile(float *c, num c_row, const float *a, num a_row, num a_deep, const float *b, num b_deep, num deep,
+INLINE void tile(real *c, num c_row, const real *a, num a_row, num a_deep, const real *b, num b_deep, num deep,
                  bool add) {
   vec sum[TALL][2];
   UNROLL for (int i = 0; i < TALL; i++) {
@@ -135,7 +111,7 @@ INLINE void tile(float *c, num c_row, const float *a, num a_row, num a_deep, con
 }
 
 // c = a b: rows of a one after the other, b in panels.
-static void multiply(float *c, num c_row, const float *a, num a_row, const float *b, num rows, num panels, num deep) {
+static void multiply(real *c, num c_row, const real *a, num a_row, const real *b, num rows, num panels, num deep) {
   num step = share(deep, share(deep, DEEP));
   for (num from = 0; from < deep; from += step) {
     num part = least(step, deep - from);
@@ -147,7 +123,7 @@ static void multiply(float *c, num c_row, const float *a, num a_row, const float
 }
 
 // c (+)= a^T b: sums over rows. c in panels of so many lines of 16, b in columns.
-static void gather(float *c, num lines, const float *a, num a_row, const float *b, num b_row, num rows, num columns,
+static void gather(real *c, num lines, const real *a, num a_row, const real *b, num b_row, num rows, num columns,
                    num panels, bool add) {
   for (num group = 0; group < columns; group += GROUP)
     for (num panel = 0; panel < panels; panel++)
@@ -161,6 +137,12 @@ INLINE vec choose(ivec which, vec yes, vec no) { return (vec)((which & (ivec)yes
 INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
 
 // exp of x <= 0 to about one unit in the last place; what float32 holds only denormalised is zero. NaN stays.
+#ifdef DOUBLE
+INLINE vec exponential(vec x) {
+  for (int i = 0; i < LANES; i++) x[i] = exp(x[i]);
+  return x;
+}
+#else
 INLINE vec exponential(vec x) {
   vec shifted = x * all(1.44269504f) + all(12582912.f);  // whole powers of two are the last digits now
   vec power = shifted - all(12582912.f);
@@ -175,8 +157,9 @@ INLINE vec exponential(vec x) {
   y *= (vec)(((ivec)shifted << 23) + 0x3f800000);
   return (vec)((ivec)y & ~(x < all(-87.3f)));
 }
+#endif
 
-INLINE float total(vec x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+INLINE real total(vec x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
 
 typedef struct {
   const void *at;  // NULL where there is none
@@ -187,7 +170,7 @@ typedef struct {
   num samples, heads, queries, keys, width, values;
   array query, key, value, weights, mask, out;  // `out` is the gradient of the result in the backward pass
   array d_query, d_key, d_value;
-  float scale;
+  real scale;
   num threads;
   num key_panels, line;          // panels of keys; numbers from a row of scores to the next
   num value_line, width_line;    // the same of rows of values, of queries
@@ -196,12 +179,12 @@ typedef struct {
 } problem;
 
 INLINE matrix head_of(array x, num sample, num head, num row) {
-  return (matrix){(float *)x.at + sample * x.sample + head * x.head + row * x.row, x.row, x.column};
+  return (matrix){(real *)x.at + sample * x.sample + head * x.head + row * x.row, x.row, x.column};
 }
 
 // Scores of a row are multiplied and masked, and become exp(score - maximum), zero beyond the last key. Returns what
 // makes them probabilities: 1 / sum.
-static float soften(const problem *p, float *row, const float *weight, const uint8_t *mask) {
+static real soften(const problem *p, real *row, const real *weight, const uint8_t *mask) {
   num keys = p->keys, whole = up(keys, LANES);
   bool empty = mask != NULL;
   if (weight != NULL) {
@@ -226,7 +209,7 @@ static float soften(const problem *p, float *row, const float *weight, const uin
     }
   }
   if (empty) {
-    memset(row, 0, (size_t)(4 * p->line));
+    memset(row, 0, sizeof(real) * (size_t)(p->line));
     return 1;
   }
   for (num i = keys; i < p->line; i++) row[i] = -INFINITY;
@@ -236,7 +219,7 @@ static float soften(const problem *p, float *row, const float *weight, const uin
     UNROLL for (int j = 0; j < 4; j++) high[j] = larger(load(row + i + j * LANES), high[j]);
   for (; i < whole; i += LANES) high[0] = larger(load(row + i), high[0]);
   vec most_of = larger(larger(high[0], high[1]), larger(high[2], high[3]));
-  float maximum = most_of[0];
+  real maximum = most_of[0];
   for (int j = 1; j < LANES; j++) maximum = most_of[j] > maximum ? most_of[j] : maximum;
   vec sum[2] = {all(0), all(0)};
   for (i = 0; i + 2 * LANES <= whole; i += 2 * LANES)
@@ -254,7 +237,7 @@ static float soften(const problem *p, float *row, const float *weight, const uin
 }
 
 // Gradient of a row of scores from that of its probabilities; `row` becomes the probabilities.
-static void harden(const problem *p, float *row, float *gradient, float share_of, const float *weight) {
+static void harden(const problem *p, real *row, real *gradient, real share_of, const real *weight) {
   num whole = up(p->keys, LANES), i = 0;
   vec sum[4] = {all(0), all(0), all(0), all(0)};
   for (; i + 4 * LANES <= whole; i += 4 * LANES)
@@ -281,13 +264,13 @@ static void harden(const problem *p, float *row, float *gradient, float share_of
 typedef struct {
   const problem *p;
   num threads, sample, head;
-  float *memory;
-  float *keys_deep;              // panels of keys, for scores
-  float *keys_wide;              // panels of their width, for gradients of queries
-  float *values;                 // panels of their width in the forward pass, of keys in the backward pass
-  float *d_keys, *d_values;      // panels of keys
-  float *scores, *gradients;     // rows of scores: of a block for each thread forward, of a piece backward
-  float *queries, *outs, *rest;  // of those rows: queries, gradients of results, results or gradients of queries
+  real *memory;
+  real *keys_deep;              // panels of keys, for scores
+  real *keys_wide;              // panels of their width, for gradients of queries
+  real *values;                 // panels of their width in the forward pass, of keys in the backward pass
+  real *d_keys, *d_values;      // panels of keys
+  real *scores, *gradients;     // rows of scores: of a block for each thread forward, of a piece backward
+  real *queries, *outs, *rest;  // of those rows: queries, gradients of results, results or gradients of queries
   num first;                     // row of the piece
 } work;
 
@@ -312,7 +295,7 @@ static void run(work *w, void (*step)(work *, num, num), num count) {
     in_region(&r);
 }
 
-static const float *weights_of(const work *w, num row) {
+static const real *weights_of(const work *w, num row) {
   return w->p->weights.at == NULL ? NULL : head_of(w->p->weights, w->sample, w->head, row).at;
 }
 
@@ -358,11 +341,11 @@ static void forward_rows(work *w, num slot, num index) {
   const problem *p = w->p;
   num row = index * p->rows, rows = least(p->rows, p->queries - row), tall = up(rows, TALL);
   num out_line = up(p->values, WIDE);
-  float *queries = w->queries + slot * p->rows * p->width_line, *scores = w->scores + slot * p->rows * p->line;
-  float *out = w->rest + slot * p->rows * out_line;
+  real *queries = w->queries + slot * p->rows * p->width_line, *scores = w->scores + slot * p->rows * p->line;
+  real *out = w->rest + slot * p->rows * out_line;
   pack_rows(queries, p->width_line, head_of(p->query, w->sample, w->head, row), rows, p->width, p->scale);
   multiply(scores, p->line, queries, p->width_line, w->keys_deep, tall, p->key_panels, p->width);
-  float inverse[ROWS];
+  real inverse[ROWS];
   for (num i = 0; i < rows; i++)
     inverse[i] = soften(p, scores + i * p->line, weights_of(w, row + i), mask_of(w, row + i));
   multiply(out, out_line, scores, p->line, w->values, tall, share(p->values, WIDE), p->keys);
@@ -376,13 +359,13 @@ static void backward_rows(work *w, num slot, num index) {
   const problem *p = w->p;
   num inside = index * p->rows, row = w->first + inside, rows = least(p->rows, p->queries - row);
   num tall = up(rows, TALL), line = p->line, d_line = up(p->width, WIDE);
-  float *queries = w->queries + inside * p->width_line, *outs = w->outs + inside * p->value_line;
-  float *scores = w->scores + inside * line, *gradients = w->gradients + inside * line;
-  float *d_queries = w->rest + inside * d_line;
+  real *queries = w->queries + inside * p->width_line, *outs = w->outs + inside * p->value_line;
+  real *scores = w->scores + inside * line, *gradients = w->gradients + inside * line;
+  real *d_queries = w->rest + inside * d_line;
   pack_rows(queries, p->width_line, head_of(p->query, w->sample, w->head, row), rows, p->width, p->scale);
   pack_rows(outs, p->value_line, head_of(p->out, w->sample, w->head, row), rows, p->values, 1);
   multiply(scores, line, queries, p->width_line, w->keys_deep, tall, p->key_panels, p->width);
-  float inverse[ROWS];
+  real inverse[ROWS];
   for (num i = 0; i < rows; i++)
     inverse[i] = soften(p, scores + i * line, weights_of(w, row + i), mask_of(w, row + i));
   multiply(gradients, line, outs, p->value_line, w->values, tall, p->key_panels, p->values);
@@ -398,7 +381,7 @@ static void backward_keys(work *w, num slot, num index) {
   num panel = index * PANELS, panels = least(PANELS, p->key_panels - panel), key = panel * WIDE;
   num rows = least(p->piece, p->queries - w->first), keys = least(panels * WIDE, p->keys - key);
   bool add = w->first > 0, last = w->first + rows == p->queries;
-  float *d_keys = w->d_keys + key * p->width_lines, *d_values = w->d_values + key * p->value_lines;
+  real *d_keys = w->d_keys + key * p->width_lines, *d_values = w->d_values + key * p->value_lines;
   gather(d_values, p->value_lines, w->outs, p->value_line, w->scores + key, p->line, rows, p->values, panels, add);
   gather(d_keys, p->width_lines, w->queries, p->width_line, w->gradients + key, p->line, rows, p->width, panels, add);
   if (!last) return;
@@ -438,7 +421,7 @@ static bool prepare(work *w, const problem *p, num threads, bool backward) {
       backward ? rows * p->value_line : 0,
       rows * up(backward ? p->width : p->values, WIDE),
   };
-  float **parts[] = {&w->keys_deep, &w->keys_wide, &w->values,  &w->d_keys, &w->d_values,
+  real **parts[] = {&w->keys_deep, &w->keys_wide, &w->values,  &w->d_keys, &w->d_values,
                      &w->scores,    &w->gradients, &w->queries, &w->outs,   &w->rest};
   num count = 0, parts_of = sizeof sizes / sizeof *sizes;
   for (num i = 0; i < parts_of; i++) count += up(sizes[i], WIDE);
@@ -446,7 +429,7 @@ static bool prepare(work *w, const problem *p, num threads, bool backward) {
   w->threads = threads;
   w->memory = numbers(count);
   if (w->memory == NULL) return false;
-  float *next = w->memory;
+  real *next = w->memory;
   for (num i = 0; i < parts_of; i++) {
     *parts[i] = next;
     next += up(sizes[i], WIDE);
@@ -503,8 +486,8 @@ INLINE array array_of(const void *at, const num *strides) {
 }
 
 // sizes: samples, heads, queries, keys, width, values. strides: 4 of each array, in the order of arguments.
-PUBLIC int attention_forward(const num *sizes, const num *strides, const float *query, const float *key,
-                             const float *value, const float *weights, const uint8_t *mask, float *out, double scale,
+PUBLIC int NAME(attention_forward)(const num *sizes, const num *strides, const real *query, const real *key,
+                             const real *value, const real *weights, const uint8_t *mask, real *out, double scale,
                              num threads) {
   problem p = {.samples = sizes[0],
                .heads = sizes[1],
@@ -518,14 +501,14 @@ PUBLIC int attention_forward(const num *sizes, const num *strides, const float *
                .weights = array_of(weights, strides + 12),
                .mask = array_of(mask, strides + 16),
                .out = array_of(out, strides + 20),
-               .scale = (float)scale,
+               .scale = (real)scale,
                .threads = threads};
   return attend(&p, false);
 }
 
-PUBLIC int attention_backward(const num *sizes, const num *strides, const float *query, const float *key,
-                              const float *value, const float *weights, const uint8_t *mask, const float *gradient,
-                              float *d_query, float *d_key, float *d_value, double scale, num threads) {
+PUBLIC int NAME(attention_backward)(const num *sizes, const num *strides, const real *query, const real *key,
+                              const real *value, const real *weights, const uint8_t *mask, const real *gradient,
+                              real *d_query, real *d_key, real *d_value, double scale, num threads) {
   problem p = {.samples = sizes[0],
                .heads = sizes[1],
                .queries = sizes[2],
@@ -541,7 +524,7 @@ PUBLIC int attention_backward(const num *sizes, const num *strides, const float 
                .d_query = array_of(d_query, strides + 24),
                .d_key = array_of(d_key, strides + 28),
                .d_value = array_of(d_value, strides + 32),
-               .scale = (float)scale,
+               .scale = (real)scale,
                .threads = threads};
   return attend(&p, true);
 }

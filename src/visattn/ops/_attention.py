@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visattn import native
+from visattn.errors import check
 from visattn.native.attention import attend, attend_backward, fits
 from visattn.ops._shared import (
     again,
@@ -17,7 +19,6 @@ from visattn.ops._shared import (
     eager,
     full_precision,
     need_eager,
-    need_library,
     precise,
     recording,
     upcast,
@@ -249,15 +250,20 @@ def attend_in_pieces(
     """
     need_eager(impl, query, key, value, weights, mask)
     if impl == "native":
-        need_library(impl, query)
+        native.need(upcast(query))
     with full_precision(query):
         query, key, value = _expanded(upcast(query), upcast(key), upcast(value))
         weights = None if weights is None else weights.to(query.dtype)
-        kernel = "native" if impl == "native" and fits(query, key, value, weights, mask) else "pieces"
+        check(
+            impl != "native" or fits(query, key, value, weights, mask),
+            "impl='native'",
+            "queries, keys and values need four dimensions that fit and one type",
+            shapes=[tuple(x.shape) for x in (query, key, value)],
+        )
         if recording(query, key, value, weights):
-            out: Tensor = _Attention.apply(query, key, value, weights, mask, scale, plain, kernel)
+            out: Tensor = _Attention.apply(query, key, value, weights, mask, scale, plain, impl)
             return out
-        return (_native if kernel == "native" else _forward)(query, key, value, weights, mask, scale)
+        return (_native if impl == "native" else _forward)(query, key, value, weights, mask, scale)
 
 
 def attend_fused(

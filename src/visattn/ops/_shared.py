@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from visattn import native
 from visattn.errors import check
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "full_precision",
     "map_layout",
     "need_eager",
-    "need_library",
     "precise",
     "recording",
     "upcast",
@@ -85,18 +83,6 @@ def need_eager(impl: str, *tensors: Tensor | None) -> None:
         "compilers, exporters, torch.func, tensor subclasses and empty tensors need plain operations",
         remedy="Leave impl at 'auto'.",
         shapes=[tuple(tensor.shape) for tensor in tensors if tensor is not None],
-    )
-
-
-def need_library(impl: str, x: Tensor) -> None:
-    """Raise unless the kernels in C are compiled and the tensor is where they run."""
-    check(
-        native.library() is not None and x.device.type == "cpu",
-        f"impl={impl!r}",
-        "the kernels in C run on a CPU, where visattn was installed with a C compiler",
-        remedy="Leave impl at 'auto'.",
-        device=x.device.type,
-        compiled=native.library() is not None,
     )
 
 

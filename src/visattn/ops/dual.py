@@ -122,7 +122,7 @@ def _position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         buffers=buffers,
         precise=precise(query, key, value),
         entries=0 if compiling else query.shape[0] * (query.shape[2] * query.shape[3]) ** 2,
-        native=buffers and fits(_one_head(query), _one_head(key), _one_head(value)),
+        native=buffers and query.dtype == torch.float32 and fits(*map(_one_head, (query, key, value))),
     )
     return _POSITION[name](query, key, value)
 
@@ -134,7 +134,7 @@ _POSITION = {
     "pieces": _position_pieces,
     "native": _position_native,
 }
-POSITION_IMPLEMENTATIONS = tuple(_POSITION)
+POSITION_IMPLEMENTATIONS = native.served(_POSITION)
 
 
 def position_attention(query: Tensor, key: Tensor, value: Tensor, *, impl: str = "auto") -> Tensor:
@@ -145,8 +145,7 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, *, impl: str =
         key: (B, D, H, W).
         value: (B, C, H, W).
         impl: "auto"; "reference", which holds the N x N matrix; "fused", torch's kernels; "pieces", a part of the
-            matrix at a time, not for compilers; "native", the same on a CPU, in C where numbers are
-            float32, after upcasting.
+            matrix at a time, not for compilers; "native", the same in C, on a CPU.
 
     Returns:
         (B, C, H, W) in the dtype of `value`. Softmax of 16-bit inputs runs in float32.
@@ -219,8 +218,8 @@ def _position_residual_native(
 def _position_residual(x: Tensor, query: Projection, key: Projection, value: Projection, gamma: Tensor) -> Tensor:
     tensors = (x, *query, *key, *value, gamma)
     if x.device.type == "cpu" and eager(*tensors) and precise(*tensors) and not recording(*tensors):
-        native = library() is not None and x.dtype == torch.float32
-        run = _position_residual_native if native else _position_residual_pieces
+        fast = native.available() and x.dtype == torch.float32
+        run = _position_residual_native if fast else _position_residual_pieces
         return run(x, query, key, value, gamma)
     return _position_residual_plain(x, query, key, value, gamma, _position)
 
@@ -410,8 +409,8 @@ def channel_residual(x: Tensor, gamma: Tensor, *, inverted: bool = True, impl: s
         gamma: One number.
         inverted: As for `channel_attention`.
         impl: "auto"; "reference"; "plain", in ordinary operations; "buffered", gamma made part of the small matrix and
-            half of the symmetric one computed, not for compilers; "native", the same on a CPU with the products of
-            contiguous maps in C where numbers are float32, after upcasting.
+            half of the symmetric one computed, not for compilers; "native", the same on a CPU with products in C, of
+            maps that are contiguous.
 
     Returns:
         (B, C, H, W).

@@ -437,8 +437,8 @@ def external_residual_2d(
         norm: The batch norm's tensors and numbers; its running statistics are updated in training.
         eps: See `double_normalize`.
         impl: "auto"; "reference"; "plain", the small matrices multiplied first; "buffered", the batch norm made part of
-            them too and the map written once, not for compilers; "native", the same on a CPU with the products of
-            contiguous maps in C where numbers are float32, after upcasting.
+            them too and the map written once, not for compilers; "native", the same on a CPU with products in C, of
+            maps that are contiguous.
 
     Returns:
         (B, C, H, W).

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visattn import native
 from visattn.errors import check
 from visattn.native.attention import fits
 from visattn.ops._attention import KEPT, attend_fused, attend_in_pieces
@@ -166,13 +167,13 @@ def _auto(
         entries=0 if compiling else math.prod(query.shape[:3]) * key.shape[2],  # a compiler has symbols here
         weights=weights is not None,
         dropout=dropout_p > 0,
-        native=not compiling and fits(query, key, value, weights, mask),
+        native=not compiling and query.dtype == torch.float32 and fits(query, key, value, weights, mask),
     )
     return _MULTIHEAD[name](query, key, value, mask, weights, scale, dropout_p)
 
 
 _MULTIHEAD = {"auto": _auto, "reference": _reference, "fused": _fused, "pieces": _pieces, "native": _native}
-IMPLEMENTATIONS = tuple(_MULTIHEAD)
+IMPLEMENTATIONS = native.served(_MULTIHEAD)
 
 
 def multihead_attention(
@@ -200,8 +201,7 @@ def multihead_attention(
         scale: Default `1 / sqrt(D)`.
         dropout_p: Share of attention entries dropped.
         impl: "auto"; "reference"; "fused", torch's kernels, without weights; "pieces", a part of the matrix at a
-            time, without dropout, not for compilers; "native", the same on a CPU, in C where
-            numbers are float32, after upcasting.
+            time, without dropout, not for compilers; "native", the same in C, on a CPU.
 
     Returns:
         (B, heads, Nq, E). Softmax of 16-bit inputs runs in float32.
