@@ -17,7 +17,7 @@ from torch import Tensor
 
 from visattn.errors import check
 
-__all__ = ["available", "call", "flops", "need", "served"]
+__all__ = ["available", "call", "flops", "memory_peak", "need", "served"]
 
 Argument = Tensor | ctypes.Structure | ctypes.Array[Any] | int | float | bool | None
 DTYPES = (torch.float32, torch.float64)
@@ -30,9 +30,12 @@ def _library() -> ctypes.CDLL | None:
     if platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return None
     try:
-        return ctypes.CDLL(str(FILE))
+        library = ctypes.CDLL(str(FILE))
     except OSError:  # not compiled, for another system, or a torch without the threads that the kernels use
         return None
+    for kind in ("float32", "float64"):
+        getattr(library, f"memory_peak_{kind}").restype = ctypes.c_ssize_t
+    return library
 
 
 def available() -> bool:
@@ -69,6 +72,12 @@ _flops = 0
 def flops() -> int:
     """FLOPs of all kernels since the start: torch's counters do not see them."""
     return _flops
+
+
+def memory_peak() -> int:
+    """The most bytes that kernels held for themselves at one time since the last call of this function."""
+    library = _library()
+    return 0 if library is None else sum(int(getattr(library, f"memory_peak_{kind}")()) for kind in ("float32", "float64"))
 
 
 def call(name: str, *arguments: Argument, flops: int) -> None:

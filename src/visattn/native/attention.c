@@ -176,6 +176,7 @@ typedef struct {
   num value_line, width_line;    // the same of rows of values, of queries
   num value_lines, width_lines;  // of the panels of their gradients
   num rows, piece;               // of a block; of the blocks that are at hand at one time
+  bool maps;                     // keys and values lie as channels of positions, and are read so
 } problem;
 
 INLINE matrix head_of(array x, num sample, num head, num row) {
@@ -234,6 +235,27 @@ static real soften(const problem *p, real *row, const real *weight, const uint8_
     sum[0] += e;
   }
   return 1 / total(sum[0] + sum[1]);
+}
+
+// Softmax down the columns of a panel.
+static void soften_columns(real *scores, num keys) {
+  vec high[2] = {all(-INFINITY), all(-INFINITY)}, sum[2] = {all(0), all(0)};
+  for (num key = 0; key < keys; key++)
+    UNROLL for (int j = 0; j < 2; j++) high[j] = larger(load(scores + key * WIDE + j * LANES), high[j]);
+  for (num from = 0; from < keys; from += DEEP) {
+    vec part[2] = {all(0), all(0)};
+    for (num key = from; key < least(keys, from + DEEP); key++)
+      UNROLL for (int j = 0; j < 2; j++) {
+        vec e = exponential(load(scores + key * WIDE + j * LANES) - high[j]);
+        store(scores + key * WIDE + j * LANES, e);
+        part[j] += e;
+      }
+    UNROLL for (int j = 0; j < 2; j++) sum[j] += part[j];
+  }
+  UNROLL for (int j = 0; j < 2; j++) sum[j] = all(1) / sum[j];
+  for (num key = 0; key < keys; key++)
+    UNROLL for (int j = 0; j < 2; j++)
+      store(scores + key * WIDE + j * LANES, load(scores + key * WIDE + j * LANES) * sum[j]);
 }
 
 // Gradient of a row of scores from that of its probabilities; `row` becomes the probabilities.
@@ -354,6 +376,40 @@ static void forward_rows(work *w, num slot, num index) {
   copy(head_of(p->out, w->sample, w->head, row), (matrix){out, out_line, 1}, rows, p->values, 1);
 }
 
+// The same for keys and values that are maps: scores of 16 queries side by side, a line for each key, so that nothing
+// but the queries is packed and the output comes out as a map too. The last tile of keys or channels begins early.
+static void forward_columns(work *w, num slot, num index) {
+  const problem *p = w->p;
+  num row = index * p->rows, rows = least(p->rows, p->queries - row), panels = share(rows, WIDE);
+  num line = p->rows, lines = up(p->values, TALL), last = lines - TALL;
+  real *queries = w->queries + slot * p->rows * p->width, *scores = w->scores + slot * p->rows * p->keys;
+  real *out = w->rest + slot * p->rows * lines;
+  matrix keys = head_of(p->key, w->sample, w->head, 0), values = head_of(p->value, w->sample, w->head, 0);
+  for (num panel = 0; panel < panels; panel++) {
+    real *q = queries + panel * WIDE * p->width, *s = scores + panel * WIDE * p->keys;
+    num some = least(WIDE, rows - panel * WIDE);
+    if (some < WIDE) memset(q, 0, sizeof(real) * (size_t)(WIDE * p->width));
+    copy((matrix){q, 1, WIDE}, head_of(p->query, w->sample, w->head, row + panel * WIDE), some, p->width, p->scale);
+    for (num t = 0; t < p->keys; t += TALL) {
+      num key = least(t, p->keys - TALL);
+      tile(s + key * WIDE, WIDE, keys.at + key, 1, keys.column, q, WIDE, p->width, false);
+    }
+    soften_columns(s, p->keys);
+  }
+  num step = share(p->keys, share(p->keys, DEEP));
+  for (num from = 0; from < p->keys; from += step)
+    for (num t = 0; t < lines; t += TALL) {
+      const real *from_values = values.at + (t < last ? t : p->values - TALL) * values.column + from;
+      for (num panel = 0; panel < panels; panel++)
+        tile(out + t * line + panel * WIDE, line, from_values, values.column, 1, scores + (panel * p->keys + from) * WIDE,
+             WIDE, least(step, p->keys - from), from > 0);
+    }
+  matrix to = head_of(p->out, w->sample, w->head, row);
+  copy(to, (matrix){out, 1, line}, rows, last, 1);
+  to.at += (p->values - TALL) * to.column;
+  copy(to, (matrix){out + last * line, 1, line}, rows, TALL, 1);
+}
+
 static void backward_rows(work *w, num slot, num index) {
   (void)slot;
   const problem *p = w->p;
@@ -394,6 +450,10 @@ static void backward_keys(work *w, num slot, num index) {
 }
 
 static void forward_head(work *w) {
+  if (w->p->maps) {
+    run(w, forward_columns, share(w->p->queries, w->p->rows));
+    return;
+  }
   run(w, pack_forward, w->p->key_panels + share(w->p->values, WIDE));
   run(w, forward_rows, share(w->p->queries, w->p->rows));
 }
@@ -409,7 +469,8 @@ static void backward_head(work *w) {
 
 static bool prepare(work *w, const problem *p, num threads, bool backward) {
   num keys = p->key_panels * WIDE, rows = backward ? p->piece + TALL : threads * p->rows;
-  num sizes[] = {
+  num of_maps[] = {0, 0, 0, 0, 0, rows * p->keys, 0, rows * p->width, 0, rows * up(p->values, TALL)};
+  num of_rows[] = {
       keys * p->width,
       backward ? p->keys * up(p->width, WIDE) : 0,
       backward ? keys * p->values : p->keys * up(p->values, WIDE),
@@ -423,7 +484,8 @@ static bool prepare(work *w, const problem *p, num threads, bool backward) {
   };
   real **parts[] = {&w->keys_deep, &w->keys_wide, &w->values,  &w->d_keys, &w->d_values,
                      &w->scores,    &w->gradients, &w->queries, &w->outs,   &w->rest};
-  num count = 0, parts_of = sizeof sizes / sizeof *sizes;
+  const num *sizes = p->maps ? of_maps : of_rows;
+  num count = 0, parts_of = sizeof of_rows / sizeof *of_rows;
   for (num i = 0; i < parts_of; i++) count += up(sizes[i], WIDE);
   w->p = p;
   w->threads = threads;
@@ -456,7 +518,7 @@ static void some_heads(void *data) {
     w.head = step % h->p->heads;
     (h->backward ? backward_head : forward_head)(&w);
   }
-  free(w.memory);
+  release(w.memory);
 }
 
 static int attend(problem *p, bool backward) {
@@ -470,7 +532,9 @@ static int attend(problem *p, bool backward) {
   num count = p->samples * p->heads;
   bool alone = count % p->threads == 0 || count >= 4 * p->threads;  // each thread has its own heads
   if (!alone) most_rows = least(most_rows, share(p->queries, 2 * p->threads));
-  p->rows = up(share(p->queries, share(p->queries, most_rows)), TALL);
+  p->maps = !backward && p->weights.at == NULL && p->mask.at == NULL && p->key.row == 1 && p->value.row == 1 &&
+            p->width <= DEEP && p->keys >= TALL && p->values >= TALL;
+  p->rows = up(share(p->queries, share(p->queries, p->maps ? ROWS : most_rows)), p->maps ? WIDE : TALL);
   num blocks = most(alone ? 1 : 4 * p->threads, PIECE / p->rows);
   p->piece = p->rows * least(blocks, share(p->queries, p->rows));
   heads h = {p, {count, 0, false}, alone ? 1 : p->threads, backward};

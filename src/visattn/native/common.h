@@ -64,8 +64,11 @@ INLINE num least(num a, num b) { return a < b ? a : b; }
 INLINE num most(num a, num b) { return a > b ? a : b; }
 INLINE num share(num whole, num parts) { return (whole + parts - 1) / parts; }
 
-// Memory for so many numbers, aligned; NULL where there is none.
-INLINE real *numbers(num count) { return aligned_alloc(64, (size_t)share(sizeof(real) * count + 64, 64) * 64); }
+// Memory for so many numbers, aligned, with a little more behind; NULL where there is none. See memory.c.
+#define numbers NAME(numbers)
+#define release NAME(release)
+real *numbers(num count);
+void release(real *memory);
 
 // OpenMP's runtime is the one that torch brings: its threads are warm, and torch.set_num_threads rules them. It is
 // called by name, so that any compiler will do and none links a second runtime.

@@ -301,8 +301,8 @@ static void convolve_steps(void *data) {
       }
     }
   }
-  free(buffer);
-  free(out);
+  release(buffer);
+  release(out);
 }
 
 static int run(convolution *w, tap *taps, num split, num threads) {
@@ -331,8 +331,8 @@ static int run(convolution *w, tap *taps, num split, num threads) {
     sums[i] = 0;
     for (num band = 0; band < w->bands; band++) sums[i] += partial[i * w->bands + band];
   }
-  free(w->packed);
-  free(partial);
+  release(w->packed);
+  release(partial);
   return failed;
 }
 
@@ -557,8 +557,8 @@ static void gradient_steps(void *data) {
         }
     }
   }
-  free(xs);
-  free(gs);
+  release(xs);
+  release(gs);
 }
 
 PUBLIC int NAME(convolve_weight_gradient)(const real *x, const real *gradient, real *d_weight, const sizes *s,

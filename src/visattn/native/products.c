@@ -179,7 +179,7 @@ static void work(void *data) {
   else
     for (num step; (step = take(&p->steps)) < p->steps.count;)
       block(p, step / p->blocks, (p->blocks - 1 - step % p->blocks) * p->width, packed);  // the longest first
-  free(packed);
+  release(packed);
 }
 
 static bool run(product *p, num threads) {
@@ -216,6 +216,6 @@ PUBLIC int NAME(product_sum)(num count, num rows, num columns, num depth, const 
     for (num part = 1; part < p.parts; part++) sum += p.out[part * size + i];
     out[i] = sum;
   }
-  free(p.out);
+  release(p.out);
   return failed;
 }
