@@ -38,6 +38,7 @@ def content():
             "threads": 2,
             "gemm_gflops": 100.0,
             "copy_gbps": 10.0,
+            "kernels": True,
         },
         "settings": {
             "names": [],

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import visattn
+from visattn import native
 from visattn.benchmarks.timing import Timed, interleave, summarise
 from visattn.profile import device_name
 
@@ -33,6 +34,7 @@ class Machine:
         threads: Of torch, on a CPU.
         gemm_gflops: Rate of a large square matrix product in the measured precision, in 10^9 FLOPs per second.
         copy_gbps: Rate of a copy, bytes read and bytes written together, in 10^9 per second.
+        kernels: Whether those of `visattn.native` serve it.
     """
 
     device: str
@@ -41,6 +43,7 @@ class Machine:
     threads: int
     gemm_gflops: float
     copy_gbps: float
+    kernels: bool = False
 
     def limit_ms(self, flops: float, moved: float) -> float:
         """Milliseconds that so many FLOPs and bytes take at least."""
@@ -84,6 +87,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         torch.get_num_threads(),
         gemm / 1e9,
         copy / 1e9,
+        device.type == "cpu" and native.available(),
     )
 
 

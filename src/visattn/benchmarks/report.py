@@ -27,7 +27,7 @@ def show(content: dict[str, Any], console: Console | None = None) -> None:
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH)
     machine, settings = content["machine"], content["settings"]
-    threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
+    threads = f", {machine['threads']} threads, {kernels(machine)}" if machine["device"] == "cpu" else ""
     console.print(Text(f"{machine['name']}{threads}, torch {content['versions']['torch']}, {settings['dtype']}"))
     rates = f"matrix product {machine['gemm_gflops']:,.0f} GFLOP/s, copy {machine['copy_gbps']:,.1f} GB/s"
     console.print(Text(f"limit = max(FLOPs / rate, bytes / rate): {rates}, measured in this run"))
@@ -42,6 +42,11 @@ def show(content: dict[str, Any], console: Console | None = None) -> None:
     console.print(Text(f"Peak memory is beyond inputs and parameters. {content['memory_note']}"))
     for line in summary_lines(content):
         console.print(Text(line))
+
+
+def kernels(machine: dict[str, Any]) -> str:
+    """Whether the compiled kernels were there."""
+    return "compiled kernels" if machine["kernels"] else "no compiled kernels"
 
 
 def summary_lines(content: dict[str, Any]) -> list[str]:

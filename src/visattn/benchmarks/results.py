@@ -132,6 +132,7 @@ SCHEMA: dict[str, Any] = {
         "threads": int,
         "gemm_gflops": float,
         "copy_gbps": float,
+        "kernels": bool,
     },
     "settings": {"names": _WORDS, "shapes": str, "dtype": str, "modes": _WORDS, "against": _WORDS, "gate": bool},
     "rows": [

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from visattn.benchmarks.report import number, summary_lines
+from visattn.benchmarks.report import kernels, number, summary_lines
 from visattn.benchmarks.results import read
 from visattn.writing import write_text
 
@@ -51,7 +51,7 @@ def _section(name: str, content: dict[str, Any]) -> str:
         f"## {machine['name']}{threads}, {settings['dtype']}",
         "",
         f"{content['date']}, {commit}, torch {content['versions']['torch']}, `{name}`. Matrix product "
-        f"{machine['gemm_gflops']:,.0f} GFLOP/s, copy {machine['copy_gbps']:,.1f} GB/s.",
+        f"{machine['gemm_gflops']:,.0f} GFLOP/s, copy {machine['copy_gbps']:,.1f} GB/s, {kernels(machine)}.",
         "",
         *(f"- {line}" for line in summary_lines(content)),
         *(f"- skipped {entry['contender']}: {entry['reason']}" for entry in content["skipped"]),

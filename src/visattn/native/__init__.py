@@ -77,7 +77,9 @@ def flops() -> int:
 def memory_peak() -> int:
     """The most bytes that kernels held for themselves at one time since the last call of this function."""
     library = _library()
-    return 0 if library is None else sum(int(getattr(library, f"memory_peak_{kind}")()) for kind in ("float32", "float64"))
+    return (
+        0 if library is None else sum(int(getattr(library, f"memory_peak_{kind}")()) for kind in ("float32", "float64"))
+    )
 
 
 def call(name: str, *arguments: Argument, flops: int) -> None:
