@@ -7,6 +7,7 @@
 
 #define BUFFER 24576    // numbers of input in a buffer: a part of the cache that a core has for itself
 #define POSITIONS 1024  // that a sum of the gradient of a weight runs over before the next is begun
+#define AT_ONCE 64      // positions that a sum in registers runs over
 #define LEAST_ROWS 4     // at one time, as each time needs some rows around them too
 #define WIDEST 12       // sums that a processor with 16 registers holds, with room for what they are made of
 
@@ -428,11 +429,11 @@ INLINE void rows_times(const int O, const int T, const gradients *w, const produ
     UNROLL for (int t = 0; t < T; t++) p->out[o * p->out_channel + p->taps[t].weight] += added(total[o * T + t]);
 }
 
-// 8 output channels, C input channels and T taps.
+// 8 output channels, C input channels and T taps. Sums of sums of some rows: a single one would lose digits.
 INLINE void lanes_times(const int C, const int T, const gradients *w, const product *p) {
-  vec total[WIDEST];
-  UNROLL for (int i = 0; i < C * T; i++) total[i] = all(0);
-  num at[WIDEST];
+  vec total[WIDEST], part[WIDEST];
+  UNROLL for (int i = 0; i < C * T; i++) total[i] = part[i] = all(0);
+  num at[WIDEST], added_up = 0;
   UNROLL for (int t = 0; t < T; t++) at[t] = p->taps[t].at;
   for (num b = 0; b < p->samples; b++)
     for (num q = p->from; q < p->to; q++) {
@@ -440,13 +441,19 @@ INLINE void lanes_times(const int C, const int T, const gradients *w, const prod
       for (num j = 0; j < w->row; j++) {
         vec by = load(g + j * LANES);
         UNROLL for (int c = 0; c < C; c++)
-          UNROLL for (int t = 0; t < T; t++) total[c * T + t] += by * all(x[c * p->x_map + at[t] + j]);
+          UNROLL for (int t = 0; t < T; t++) part[c * T + t] += by * all(x[c * p->x_map + at[t] + j]);
       }
+      added_up += w->row;
+      if (added_up < AT_ONCE) continue;
+      added_up = 0;
+      UNROLL for (int i = 0; i < C * T; i++) total[i] += part[i], part[i] = all(0);
     }
   for (int o = 0; o < LANES; o++)
     UNROLL for (int c = 0; c < C; c++)
-      UNROLL for (int t = 0; t < T; t++)
-        p->out[o * p->out_channel + c * p->in_channel + p->taps[t].weight] += total[c * T + t][o];
+      UNROLL for (int t = 0; t < T; t++) {
+        vec all_of_it = total[c * T + t] + part[c * T + t];
+        p->out[o * p->out_channel + c * p->in_channel + p->taps[t].weight] += all_of_it[o];
+      }
 }
 
 static void rows_product(num O, num T, const gradients *w, const product *p) {
