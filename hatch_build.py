@@ -10,41 +10,57 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ModuleNotFoundError:  # run by hand
+    BuildHookInterface = object  # type: ignore[assignment, misc]
 
 SOURCE = Path(__file__).parent / "src" / "visattn" / "native"
 TARGET = SOURCE / "kernels.so"
 # Contractions (a * b + c in one step) are what these kernels are for; no other liberty with arithmetic is taken.
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
-MACHINES = {"x86_64": ["-march=x86-64-v3"], "aarch64": []}
+MACHINES = {"x86_64": ["-mavx2", "-mfma"], "aarch64": []}
 
 
-def build() -> bool:
-    """Compile; whether there is a library now."""
+def build(target: Path) -> str:
+    """Compile; "", or why there is no library."""
     compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     machine = platform.machine()
-    TARGET.unlink(missing_ok=True)
-    if sys.platform != "linux" or machine not in MACHINES or shutil.which(compiler[0]) is None:
-        return False
+    if sys.platform != "linux" or machine not in MACHINES:
+        return f"the kernels are for Linux on {' and '.join(MACHINES)}"
+    if shutil.which(compiler[0]) is None:
+        return f"there is no C compiler {compiler[0]!r}"
+    checksum = 0  # by which visattn.native knows that the library is of these sources
+    for file in sorted((*SOURCE.glob("*.c"), *SOURCE.glob("*.h"))):
+        checksum = zlib.crc32(file.read_bytes(), checksum)
+    more = shlex.split(os.environ.get("CFLAGS", ""))
+    flags = [*FLAGS, *MACHINES[machine], f"-DSOURCES={checksum}u", *more]
     with tempfile.TemporaryDirectory() as folder:
-        objects = []
+        objects, commands = [], []
         for source in sorted(SOURCE.glob("*.c")):
             for real in ("float", "double"):
                 objects.append(f"{folder}/{source.stem}-{real}.o")
                 defined = ["-DDOUBLE"] if real == "double" else []
-                command = [*compiler, *FLAGS, *MACHINES[machine], *defined, "-c", str(source), "-o", objects[-1]]
-                if subprocess.run(command, check=False).returncode != 0:
-                    return False
+                commands.append([*compiler, *flags, *defined, "-c", str(source), "-o", objects[-1]])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            done = list(pool.map(lambda command: subprocess.run(command, check=False).returncode, commands))
         # Threads are called by the names that torch's own library has, which is found when ours is loaded.
         linked = f"{folder}/{TARGET.name}"
-        if subprocess.run([*compiler, "-shared", *objects, "-o", linked, "-lm"], check=False).returncode != 0:
-            return False
-        shutil.move(linked, TARGET)
-    return True
+        if (
+            any(done)
+            or subprocess.run([*compiler, *more, "-shared", *objects, "-o", linked, "-lm"], check=False).returncode
+        ):
+            return f"{shlex.join(compiler)} did not compile the kernels"
+        new = target.with_name(f"{target.name}.{os.getpid()}.new")
+        shutil.copyfile(linked, new)
+        new.replace(target)  # whole or not at all: another process may load it at this moment
+    return ""
 
 
 class Kernels(BuildHookInterface):  # type: ignore[type-arg]
@@ -52,13 +68,24 @@ class Kernels(BuildHookInterface):  # type: ignore[type-arg]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile before the files are collected."""
-        if build():
-            build_data["artifacts"].append(TARGET.relative_to(self.root).as_posix())
-            build_data["pure_python"] = False
-            build_data["tag"] = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        else:
-            self.app.display_warning("visattn: no C compiler for this platform, so torch's operations serve alone")
+        editable = version == "editable"
+        if not editable:
+            self.folder = tempfile.TemporaryDirectory()
+        target = TARGET if editable else Path(self.folder.name) / TARGET.name
+        missing = build(target)
+        if missing:
+            self.app.display_warning(f"visattn: {missing}, so that torch's operations serve alone")
+            return
+        if not editable:
+            build_data["force_include"][str(target)] = f"visattn/native/{TARGET.name}"
+        build_data["pure_python"] = False
+        build_data["tag"] = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Clean up."""
+        if version != "editable":
+            self.folder.cleanup()
 
 
 if __name__ == "__main__":
-    sys.exit(0 if build() else "the kernels were not compiled")
+    sys.exit(build(TARGET) or 0)

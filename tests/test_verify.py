@@ -185,7 +185,7 @@ def test_one_implementation_by_name(run):
     assert "its block has no implementation 'pieces'" in out
     code, _, error = run("--impl", "turbo")
     assert code == 2
-    assert "unknown implementation 'turbo'. Choose from all, auto, buffered, channels_last, depthwise, fused" in error
+    assert "unknown implementation 'turbo'. Choose from all, auto, buffered, channels_last, fused" in error
 
 
 def test_a_broken_gradient_fails(run, monkeypatch):

@@ -64,25 +64,23 @@ def test_position(device, precise, entries, expected, without):
 
 
 @pytest.mark.parametrize(
-    ("size", "outputs", "width", "groups", "stride", "side", "expected"),
+    ("size", "outputs", "width", "groups", "expected"),
     [
-        (3, 16, 64, 1, 1, 56, "reference"),  # EPSANet-50, stage 1
-        (5, 4, 16, 4, 1, 56, "channels_last"),
-        (7, 2, 8, 8, 1, 56, "channels_last"),
-        (9, 1, 4, 16, 1, 56, "depthwise"),
-        (9, 1, 4, 16, 2, 56, "channels_last"),
-        (9, 1, 4, 16, 1, 14, "channels_last"),
-        (3, 4, 4, 32, 1, 56, "merged"),  # SKNet-50, stages 1 and 2
-        (3, 8, 8, 32, 1, 28, "reference"),
-        (7, 1, 1, 64, 1, 56, "reference"),  # depthwise as it is
+        (3, 16, 64, 1, "reference"),  # EPSANet-50, stage 1
+        (5, 4, 16, 4, "channels_last"),
+        (7, 2, 8, 8, "channels_last"),
+        (9, 1, 4, 16, "channels_last"),
+        (3, 4, 4, 32, "merged"),  # SKNet-50, stages 1 and 2
+        (3, 8, 8, 32, "reference"),
+        (7, 1, 1, 64, "reference"),  # depthwise as it is
     ],
 )
-def test_convolution(size, outputs, width, groups, stride, side, expected):
-    options = {"size": size, "outputs": outputs, "width": width, "groups": groups, "stride": stride}
-    assert best_form("cpu", native=False, **options, positions=side**2) == expected
+def test_convolution(size, outputs, width, groups, expected):
+    options = {"size": size, "outputs": outputs, "width": width, "groups": groups}
+    assert best_form("cpu", native=False, **options) == expected
     narrow = groups > 1 and (outputs, width) != (1, 1)
-    assert best_form("cpu", native=True, **options, positions=side**2) == ("native" if narrow else "reference")
-    assert best_form("cuda", native=False, **options, positions=side**2) == "reference"
+    assert best_form("cpu", native=True, **options) == ("native" if narrow else "reference")
+    assert best_form("cuda", native=False, **options) == "reference"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,37 @@ from torch import Tensor
 
 from visattn.errors import check
 
-__all__ = ["available", "call", "flops", "memory_peak", "need", "served"]
+__all__ = ["DTYPES", "MISSING", "available", "call", "flops", "memory_peak", "need", "served", "sources"]
 
 Argument = Tensor | ctypes.Structure | ctypes.Array[Any] | int | float | bool | None
 DTYPES = (torch.float32, torch.float64)
-MISSING = "visattn was installed without its kernels"
-FILE = Path(__file__).with_name("kernels.so")
+MISSING = "visattn was installed without its kernels, or its C code has changed since"
+FOLDER = Path(__file__).parent
+FILE = FOLDER / "kernels.so"
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    if platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+    if platform.machine() == "x86_64" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return None
     try:
         library = ctypes.CDLL(str(FILE))
-    except OSError:  # not compiled, for another system, or a torch without the threads that the kernels use
+        compiled = ctypes.c_uint32.in_dll(library, "visattn_sources").value
+    except (OSError, ValueError):  # not compiled, for another system, or a torch without the threads that kernels use
+        return None
+    if compiled != sources():  # an editable install whose checkout has moved on
         return None
     for kind in ("float32", "float64"):
         getattr(library, f"memory_peak_{kind}").restype = ctypes.c_ssize_t
     return library
+
+
+def sources() -> int:
+    """What the C code beside this file is told by: `hatch_build.py` writes the same number into the library."""
+    checksum = 0
+    for file in sorted((*FOLDER.glob("*.c"), *FOLDER.glob("*.h"))):
+        checksum = zlib.crc32(file.read_bytes(), checksum)
+    return checksum
 
 
 def available() -> bool:
@@ -58,7 +71,8 @@ def need(*tensors: Tensor | None) -> None:
         available(),
         "impl='native'",
         MISSING,
-        remedy="Leave impl at 'auto', or install a C compiler and visattn again.",
+        remedy="Leave impl at 'auto', or install again where there is a C compiler, with pip's --force-reinstall "
+        "--no-deps --no-cache-dir.",
         machine=platform.machine(),
     )
     kinds = {(tensor.device.type, tensor.dtype) for tensor in tensors if tensor is not None}
@@ -95,7 +109,12 @@ def call(name: str, *arguments: Argument, flops: int) -> None:
     """
     global _flops
     library = _library()
-    assert library is not None
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    kind = tensors[0].dtype
+    for tensor in tensors:  # a kernel would read whatever lies there
+        plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_neg()
+        if library is None or not plain or tensor.dtype not in (kind, torch.bool):
+            raise ValueError(f"visattn.native: {name} was given a tensor of {tensor.device}, {tensor.dtype}")
     _flops += flops
     given: list[Any] = []
     for argument in (*arguments, torch.get_num_threads()):
@@ -107,6 +126,5 @@ def call(name: str, *arguments: Argument, flops: int) -> None:
             given.append(ctypes.c_double(argument))
         else:
             given.append(None if argument is None else ctypes.c_ssize_t(argument))
-    kind = next(argument.dtype for argument in arguments if isinstance(argument, Tensor))
     if getattr(library, f"{name}_{str(kind).removeprefix('torch.')}")(*given) != 0:
         raise MemoryError(f"visattn.native: no memory for the buffers of {name}")

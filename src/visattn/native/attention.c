@@ -146,7 +146,7 @@ INLINE vec exponential(vec x) {
 INLINE vec exponential(vec x) {
   vec shifted = x * all(1.44269504f) + all(12582912.f);  // whole powers of two are the last digits now
   vec power = shifted - all(12582912.f);
-  vec r = x - power * all(0.693147182f);
+  vec r = x - power * all(0.693147182f);  // in one step with the product: ln 2 is split for that
   r = r + power * all(1.90465421e-9f);
   vec p = all(0.00139402284f);
   p = p * r + all(0.00836650189f);
@@ -159,7 +159,6 @@ INLINE vec exponential(vec x) {
 }
 #endif
 
-INLINE real total(vec x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
 
 typedef struct {
   const void *at;  // NULL where there is none
@@ -213,7 +212,7 @@ static real soften(const problem *p, real *row, const real *weight, const uint8_
     memset(row, 0, sizeof(real) * (size_t)(p->line));
     return 1;
   }
-  for (num i = keys; i < p->line; i++) row[i] = -INFINITY;
+  for (num i = keys; i < whole; i++) row[i] = -INFINITY;
   vec high[4] = {all(-INFINITY), all(-INFINITY), all(-INFINITY), all(-INFINITY)};
   num i = 0;
   for (; i + 4 * LANES <= whole; i += 4 * LANES)
@@ -234,7 +233,7 @@ static real soften(const problem *p, real *row, const real *weight, const uint8_
     store(row + i, e);
     sum[0] += e;
   }
-  return 1 / total(sum[0] + sum[1]);
+  return 1 / added(sum[0] + sum[1]);
 }
 
 // Softmax down the columns of a panel.
@@ -265,7 +264,7 @@ static void harden(const problem *p, real *row, real *gradient, real share_of, c
   for (; i + 4 * LANES <= whole; i += 4 * LANES)
     UNROLL for (int j = 0; j < 4; j++) sum[j] += load(row + i + j * LANES) * load(gradient + i + j * LANES);
   for (; i < whole; i += LANES) sum[0] += load(row + i) * load(gradient + i);
-  vec mean = all(share_of * total((sum[0] + sum[1]) + (sum[2] + sum[3])));
+  vec mean = all(share_of * added((sum[0] + sum[1]) + (sum[2] + sum[3])));
   for (i = 0; i < whole; i += LANES) {
     vec x = load(row + i) * share_of;
     store(row + i, x);
@@ -510,7 +509,7 @@ static void some_heads(void *data) {
   heads *h = data;
   work w;
   if (!prepare(&w, h->p, h->threads, h->backward)) {
-    h->steps.failed = true;
+    __atomic_store_n(&h->steps.failed, true, __ATOMIC_RELAXED);
     return;
   }
   for (num step; (step = take(&h->steps)) < h->steps.count;) {

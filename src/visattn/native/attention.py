@@ -31,6 +31,12 @@ def _call(
     name: str, query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None, scale: float, products: int
 ) -> None:
     shape = (*query.shape[:3], key.shape[2])
+    output, *gradients = others[2:]
+    expected = [(*query.shape[:3], value.shape[3]), *(x.shape for x in (query, key, value))]
+    given = [tuple(x.shape) for x in (output, *gradients) if x is not None]
+    alike = query.shape[:2] == key.shape[:2] == value.shape[:2] and fits(query, key, value, *others[:2])
+    if not alike or given != [tuple(x) for x in expected[: len(given)]]:
+        raise ValueError(f"visattn.native: {name} was given shapes {[tuple(x.shape) for x in (query, key, value)]}")
     sizes = (*shape, query.shape[3], value.shape[3])
     arrays = [query, key, value, *others]
     arrays[3:5] = [None if x is None else x.expand(shape) for x in arrays[3:5]]  # weights and mask

@@ -37,6 +37,7 @@ typedef real any_vec __attribute__((vector_size(sizeof(real) * LANES), aligned(s
 INLINE vec load(const real *from) { return *(const any_vec *)from; }
 INLINE void store(real *to, vec x) { *(any_vec *)to = x; }
 INLINE vec all(real x) { return (vec){x, x, x, x, x, x, x, x}; }
+INLINE vec positive(vec x) { return (vec)((ivec)x & ~(x < all(0))); }  // NaN stays
 INLINE real added(vec x) {
   x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
   x += SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5);

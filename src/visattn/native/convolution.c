@@ -35,6 +35,17 @@ typedef struct {
 INLINE num floor_div(num a, num b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 INLINE num part_of(num a, num b) { return a - b * floor_div(a, b); }
 
+static tap *taps_of(const sizes *s) {
+  num k = s->kernel;
+  tap *taps = malloc(sizeof(tap) * k * k);
+  for (num t = 0; taps && t < k * k; t++)
+    taps[t] = (tap){.weight = t, .row = t / k * s->dilation - s->padding, .column = t % k * s->dilation - s->padding};
+  return taps;
+}
+
+// How many output channels are computed together.
+static num block_of(num out) { return out % LANES == 0 ? LANES : out % 4 == 0 ? 4 : out % 2 == 0 ? 2 : 1; }
+
 // The buffer for `rows` rows of `columns` columns of the output.
 static layout lay_out(tap *taps, num count, num split, num height, num width, num rows, num columns) {
   layout l = {.split = split, .height = height, .width = width};
@@ -224,7 +235,7 @@ INLINE real write_rows(const bool relu, real *to, const real *from, num count, r
   num i = 0;
   for (; i + LANES <= count; i += LANES) {
     vec y = scales * load(from + i) + shifts;
-    if (relu) y = (vec)((ivec)y & ~(y < all(0)));  // NaN stays
+    if (relu) y = positive(y);
     store(to + i, y);
     totals += y;
   }
@@ -272,7 +283,7 @@ static void convolve_steps(void *data) {
   num blocks = w->out / w->block, map = w->band * share(w->out_width, w->step) + 2 * LANES;
   real *buffer = numbers(w->in * w->l.channel + 2 * LANES), *out = numbers(w->step * w->block * map);
   if (buffer == NULL || out == NULL) {
-    w->steps.failed = true;
+    __atomic_store_n(&w->steps.failed, true, __ATOMIC_RELAXED);
   } else {
     memset(buffer, 0, sizeof(real) * (w->in * w->l.channel + 2 * LANES));
     for (num i; (i = take(&w->steps)) < w->steps.count;) {
@@ -316,7 +327,7 @@ static int run(convolution *w, tap *taps, num split, num threads) {
   w->bands = share(rows, w->band);
   w->l = lay_out(taps, w->count, split, w->height, w->width, w->band, columns);
   w->taps = taps;
-  w->block = w->out % LANES == 0 ? LANES : w->out % 4 == 0 ? 4 : w->out % 2 == 0 ? 2 : 1;
+  w->block = block_of(w->out);
   w->packing.count = w->groups * w->out / w->block;
   w->steps.count = w->batch * w->groups * w->bands;
   num maps = w->batch * w->groups * w->out;
@@ -324,8 +335,8 @@ static int run(convolution *w, tap *taps, num split, num threads) {
   w->packed = numbers(w->groups * w->in * w->out * w->count), w->sums = partial;
   bool failed = w->packed == NULL || (sums && partial == NULL);
   if (!failed) {
-    GOMP_parallel(pack, w, threads, 0);
-    GOMP_parallel(convolve_steps, w, threads, 0);
+    GOMP_parallel(pack, w, least(threads, w->packing.count), 0);
+    GOMP_parallel(convolve_steps, w, least(threads, w->steps.count), 0);
     failed = w->steps.failed;
   }
   for (num i = 0; sums && !failed && i < maps; i++) {
@@ -340,11 +351,9 @@ static int run(convolution *w, tap *taps, num split, num threads) {
 // `y = scale * convolution + shift`, with a ReLU if wanted, and the sum of each map of y if there is a place for it.
 PUBLIC int NAME(convolve)(const real *x, const real *weight, const real *scale, const real *shift, real *y, real *sums,
                           const sizes *s, num relu, num threads) {
-  num k = s->kernel, count = k * k;
-  tap *taps = malloc(sizeof(tap) * count);
+  num count = s->kernel * s->kernel;
+  tap *taps = taps_of(s);
   if (taps == NULL) return 1;
-  for (num t = 0; t < count; t++)
-    taps[t] = (tap){.weight = t, .row = t / k * s->dilation - s->padding, .column = t % k * s->dilation - s->padding};
   phase all_of_it = {.count = count, .rows = s->out_height, .columns = s->out_width};
   convolution w = {.batch = s->batch, .groups = s->groups, .in = s->in, .out = s->out,
                    .height = s->height, .width = s->width, .out_height = s->out_height, .out_width = s->out_width,
@@ -397,6 +406,7 @@ typedef struct {
   num block;               // output channels read together
   num samples, band, row;  // in the buffers at one time; and how long a row of gradients is there
   num parts;               // of the input channels, which threads share
+  ivec inside;             // which numbers of the last vector of a row are in the row
   loop steps;
 } gradients;
 
@@ -419,6 +429,8 @@ INLINE void rows_times(const int O, const int T, const gradients *w, const produ
       for (num v = 0; v < w->row; v += LANES) {
         vec here[WIDEST];
         UNROLL for (int t = 0; t < T; t++) here[t] = load(x + p->taps[t].at + v);
+        if (v + LANES > w->s.out_width)  // no infinity from behind the row may meet the zeros there
+          UNROLL for (int t = 0; t < T; t++) here[t] = (vec)((ivec)here[t] & w->inside);
         UNROLL for (int o = 0; o < O; o++) {
           vec by = load(g + o * p->g_map + v);
           UNROLL for (int t = 0; t < T; t++) total[o * T + t] += by * here[t];
@@ -543,7 +555,7 @@ static void gradient_steps(void *data) {
   num g_size = s->out * w->samples * w->band * w->row;
   real *xs = numbers(x_size), *gs = numbers(g_size);
   if (xs == NULL || gs == NULL) {
-    w->steps.failed = true;
+    __atomic_store_n(&w->steps.failed, true, __ATOMIC_RELAXED);
   } else {
     memset(xs, 0, sizeof(real) * x_size);
     memset(gs, 0, sizeof(real) * g_size);
@@ -570,21 +582,20 @@ static void gradient_steps(void *data) {
 
 PUBLIC int NAME(convolve_weight_gradient)(const real *x, const real *gradient, real *d_weight, const sizes *s,
                                           num threads) {
-  num k = s->kernel, count = k * k;
-  tap *taps = malloc(sizeof(tap) * count);
+  num count = s->kernel * s->kernel;
+  tap *taps = taps_of(s);
   if (taps == NULL) return 1;
-  for (num t = 0; t < count; t++)
-    taps[t] = (tap){.weight = t, .row = t / k * s->dilation - s->padding, .column = t % k * s->dilation - s->padding};
   gradients w = {.s = *s, .x = x, .gradient = gradient, .d_weight = d_weight, .taps = taps};
-  w.block = s->out % LANES == 0 ? LANES : s->out % 4 == 0 ? 4 : s->out % 2 == 0 ? 2 : 1;
+  w.block = block_of(s->out);
   w.row = w.block == LANES ? s->out_width : share(s->out_width, LANES) * LANES;
   num positions = w.block == LANES ? POSITIONS : LANES * POSITIONS;  // a lane of a row has an eighth of them
   w.samples = most(1, least(s->batch, POSITIONS / (s->out_height * w.row)));
   w.band = most(1, least(s->out_height, positions / w.row));
   w.parts = least(s->in, share(4 * threads, s->groups));
+  for (int i = 0; i < LANES; i++) w.inside[i] = w.row - LANES + i < s->out_width ? -1 : 0;
   w.steps.count = s->groups * w.parts;
   w.l = lay_out(taps, count, s->stride, s->height, s->width, w.band, s->out_width);
-  GOMP_parallel(gradient_steps, &w, threads, 0);
+  GOMP_parallel(gradient_steps, &w, least(threads, w.steps.count), 0);
   free(taps);
   return w.steps.failed;
 }

@@ -3,6 +3,10 @@
 
 #define HEAD 64  // bytes before what is given out: its size, and what keeps the rest aligned
 
+#ifndef DOUBLE
+PUBLIC const uint32_t visattn_sources = SOURCES;  // see hatch_build.py
+#endif
+
 static num held, peak;
 
 real *numbers(num count) {

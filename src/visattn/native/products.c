@@ -82,8 +82,6 @@ static void pack_turned(real *to, const real *b, num row, num depth, num columns
   }
 }
 
-INLINE vec positive(vec x) { return (vec)((ivec)x & ~(x < all(0))); }  // NaN stays
-
 // A tile of `rows` by `columns`, both constants where it is a whole one.
 INLINE void tile(const int wide, const real *a, num a_row, const real *panel, num depth, const target *t,
                  const num rows, const num columns) {
@@ -175,7 +173,7 @@ static void block(const product *p, num part, num start, real *packed) {
 static void work(void *data) {
   product *p = data;
   real *packed = numbers(least(DEPTH, p->depth) * (p->width + LANES));
-  if (packed == NULL) p->steps.failed = true;
+  if (packed == NULL) __atomic_store_n(&p->steps.failed, true, __ATOMIC_RELAXED);
   else
     for (num step; (step = take(&p->steps)) < p->steps.count;)
       block(p, step / p->blocks, (p->blocks - 1 - step % p->blocks) * p->width, packed);  // the longest first

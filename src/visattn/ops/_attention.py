@@ -260,6 +260,11 @@ def attend_in_pieces(
             "queries, keys and values need four dimensions that fit and one type",
             shapes=[tuple(x.shape) for x in (query, key, value)],
         )
+        entries = (*query.shape[:3], key.shape[2])
+        for name, x in (("attention_weights", weights), ("attention_mask", mask)):
+            broadcasts = x is None or all(size in (1, whole) for size, whole in zip(x.shape, entries, strict=True))
+            rule = f"{name} must broadcast to the batch, heads, queries and keys {entries}"
+            check(broadcasts, "multihead_attention", rule, shape=None if x is None else tuple(x.shape))
         if recording(query, key, value, weights):
             out: Tensor = _Attention.apply(query, key, value, weights, mask, scale, plain, impl)
             return out

@@ -78,12 +78,12 @@ def best_products(impl: str, x: Tensor) -> Products:
 
     Args:
         impl: "auto", "buffered" or "native".
-        x: The map. The kernels know contiguous ones.
+        x: The map, a contiguous one for "native".
 
     Raises:
         ValueError: "native" where there are no kernels for the map.
     """
     if impl == "native":
         native.need(x)
-    fast = impl == "auto" and native.available() and x.device.type == "cpu" and x.dtype == torch.float32
-    return NATIVE if (impl == "native" or fast) and x.is_contiguous() else TORCH
+    known = native.available() and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
+    return NATIVE if impl == "native" or (impl == "auto" and known) else TORCH

@@ -56,22 +56,26 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
 def eager(*tensors: Tensor | None) -> bool:
     """Whether code that writes into buffers of its own, or brings its own gradients, may serve these tensors.
 
-    It may not where something looks at the operations one by one: compilers and exporters, `torch.func`, forward-mode
-    derivatives, subclasses of tensors. Nor for empty tensors, and inference tensors outside their mode, which the plain
-    operations treat as users know.
+    It may not where something looks at the operations one by one: compilers and exporters, tracers, `torch.func`,
+    forward-mode derivatives, subclasses of tensors. Nor for empty tensors, inference tensors outside their mode, sparse
+    ones, lazily negated ones, and tensors of several devices, which the plain operations treat as users know.
     """
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
         and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
         and forward_ad._current_level < 0
         and all(
             type(tensor) in (Tensor, torch.nn.Parameter)
             and tensor.numel() > 0
             and not (tensor.is_inference() and torch.is_grad_enabled())
+            and tensor.layout == torch.strided
+            and not tensor.is_neg()
             for tensor in tensors
             if tensor is not None
         )
+        and len({tensor.device for tensor in tensors if tensor is not None}) <= 1
     )
 
 

@@ -7,7 +7,6 @@ torch's convolutions of other shapes.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -203,26 +202,7 @@ def _merged(
     return F.conv2d(x, _wide(weight, groups, together), bias, stride, padding, dilation, groups // together)
 
 
-def _depthwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int, groups: int
-) -> Tensor:
-    """One depthwise convolution for each output of a group, then sums over the group."""
-    dtype, x, weight = x.dtype, upcast(x), upcast(weight)  # each part would be rounded to 16 bits before the sum
-    bias = None if bias is None else upcast(bias)
-    out_channels, width = weight.shape[:2]
-    outputs = out_channels // groups
-    sums = []
-    for part in weight.view(groups, outputs, width, *weight.shape[2:]).unbind(dim=1):
-        one = F.conv2d(x, part.reshape(-1, 1, *weight.shape[2:]), None, stride, padding, dilation, groups * width)
-        summing = torch.eye(groups, dtype=x.dtype, device=x.device).repeat_interleave(width, dim=1)
-        sums.append(F.conv2d(one, summing[:, :, None, None]))
-    out = sums[0] if outputs == 1 else torch.stack(sums, dim=2).flatten(1, 2)
-    return (out if bias is None else out + bias[:, None, None]).to(dtype)
-
-
-def best_form(
-    device: str, *, native: bool, size: int, outputs: int, width: int, groups: int, stride: int, positions: int
-) -> str:
+def best_form(device: str, *, native: bool, size: int, outputs: int, width: int, groups: int) -> str:
     """The form that "auto" takes, by what measured best on CPUs; on other devices `conv2d` as it is.
 
     Args:
@@ -232,34 +212,33 @@ def best_form(
         outputs: Output channels of a group.
         width: Input channels of a group.
         groups: Groups.
-        stride: Stride.
-        positions: Of the input map.
     """
     if device != "cpu" or groups == 1 or outputs == width == 1:
         return "reference"
     if native:
         return "native"
     if size >= 5:
-        return "depthwise" if outputs == stride == 1 and size >= 9 and positions >= 576 else "channels_last"
+        return "channels_last"
     return "merged" if min(outputs, width) < _LANES else "reference"
 
 
-def _choice(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[int, int, int, int]) -> str:
-    stride, _, _, groups = numbers
-    if not eager(x, weight, bias) or x.dim() != 4 or x.shape[1] != weight.shape[1] * groups or len(weight) % groups:
+def _choice(
+    x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[int, int, int, int], scale: Tensor | None = None
+) -> str:
+    groups = numbers[3]
+    given = [tensor for tensor in (x, weight, bias, scale) if tensor is not None]
+    if not eager(*given) or x.dim() != 4 or x.shape[1] != weight.shape[1] * groups or len(weight) % groups:
         return "reference"  # which says what is wrong with sizes that do not fit
-    exact = precise(*(tensor for tensor in (x, weight, bias) if tensor is not None))
-    name = best_form(
+    geometry = kernels.Geometry(*numbers)
+    fits = geometry.fits(x, weight, bias) and (scale is None or scale.shape == weight.shape[:1])
+    return best_form(
         x.device.type,
-        native=exact and native.available() and kernels.Geometry(*numbers).fits(x, weight, bias),
+        native=native.available() and x.dtype == torch.float32 and precise(*given) and fits,
         size=weight.shape[2],
         outputs=weight.shape[0] // groups,
         width=weight.shape[1],
         groups=groups,
-        stride=stride,
-        positions=math.prod(x.shape[2:]),
     )
-    return "channels_last" if name == "depthwise" and not exact else name
 
 
 def _auto(
@@ -281,7 +260,6 @@ _CONVOLUTION = {
     "native": _native,
     "channels_last": _channels_last,
     "merged": _merged,
-    "depthwise": _depthwise,
 }
 IMPLEMENTATIONS = native.served(_CONVOLUTION)
 
@@ -308,9 +286,8 @@ def grouped_conv2d(
         dilation: As in `conv2d`.
         groups: As in `conv2d`.
         impl: "auto", by sizes and device; "reference", conv2d as it is; "native", the kernels of `visattn.native`, not
-            for compilers; "channels_last", in that layout; "merged", narrow groups put together; "depthwise", sums of
-            depthwise convolutions. The last two have zeros between groups, so that an infinity or NaN of one group may
-            reach others.
+            for compilers; "channels_last", in that layout; "merged", narrow groups put together, with zeros between
+            groups, so that an infinity or NaN of one may reach others.
 
     Returns:
         (B, D, H', W'), in channels-last layout where the form works in it.
@@ -358,7 +335,7 @@ def conv2d_relu(
         tensor([105., 105., 105., 105.])
     """
     numbers = (stride, padding, dilation, groups)
-    if not recording(x, weight, scale, shift) and _choice(x, weight, shift, numbers) == "native":
+    if not recording(x, weight, scale, shift) and _choice(x, weight, shift, numbers, scale) == "native":
         return kernels.convolve_relu(x, weight, scale, shift, kernels.Geometry(*numbers))
     if scale is None:
         out = _auto(x, weight, shift, *numbers)

@@ -24,6 +24,7 @@ from visattn.ops._shared import (
     eager,
     empty_map,
     full_precision,
+    map_layout,
     need_eager,
     precise,
     recording,
@@ -218,7 +219,7 @@ def _position_residual_native(
 def _position_residual(x: Tensor, query: Projection, key: Projection, value: Projection, gamma: Tensor) -> Tensor:
     tensors = (x, *query, *key, *value, gamma)
     if x.device.type == "cpu" and eager(*tensors) and precise(*tensors) and not recording(*tensors):
-        fast = native.available() and x.dtype == torch.float32
+        fast = native.available() and x.dtype == torch.float32 and query[0].shape == key[0].shape
         run = _position_residual_native if fast else _position_residual_pieces
         return run(x, query, key, value, gamma)
     return _position_residual_plain(x, query, key, value, gamma, _position)
@@ -382,7 +383,8 @@ def _channel_residual_buffered(x: Tensor, gamma: Tensor, inverted: bool, impl: s
 
 
 def _channel_residual_native(x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
-    return _channel_residual_buffered(x, gamma, inverted, "native")
+    out = _channel_residual_buffered(x.contiguous(), gamma, inverted, "native")
+    return out.contiguous(memory_format=map_layout(x))
 
 
 def _channel_residual(x: Tensor, gamma: Tensor, inverted: bool) -> Tensor:
@@ -409,8 +411,7 @@ def channel_residual(x: Tensor, gamma: Tensor, *, inverted: bool = True, impl: s
         gamma: One number.
         inverted: As for `channel_attention`.
         impl: "auto"; "reference"; "plain", in ordinary operations; "buffered", gamma made part of the small matrix and
-            half of the symmetric one computed, not for compilers; "native", the same on a CPU with products in C, of
-            maps that are contiguous.
+            half of the symmetric one computed, not for compilers; "native", the same on a CPU with products in C.
 
     Returns:
         (B, C, H, W).

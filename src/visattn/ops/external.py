@@ -24,6 +24,7 @@ from visattn.ops._shared import (
     eager,
     empty_map,
     full_precision,
+    map_layout,
     need_eager,
     precise,
     recording,
@@ -391,7 +392,8 @@ def _residual_buffered(
 def _residual_native(
     x: Tensor, weights: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor], norm: BatchNorm, eps: float
 ) -> Tensor:
-    return _residual_buffered(x, weights, norm, eps, "native")
+    out = _residual_buffered(x.contiguous(), weights, norm, eps, "native")
+    return out.contiguous(memory_format=map_layout(x))
 
 
 def _residual(
@@ -437,8 +439,7 @@ def external_residual_2d(
         norm: The batch norm's tensors and numbers; its running statistics are updated in training.
         eps: See `double_normalize`.
         impl: "auto"; "reference"; "plain", the small matrices multiplied first; "buffered", the batch norm made part of
-            them too and the map written once, not for compilers; "native", the same on a CPU with products in C, of
-            maps that are contiguous.
+            them too and the map written once, not for compilers; "native", the same on a CPU with products in C.
 
     Returns:
         (B, C, H, W).
