@@ -13,9 +13,11 @@ from torch.nn import functional as F
 import visattn
 from visattn import native
 from visattn.native.convolution import Geometry, input_gradient, weight_gradient
+from visattn.native.products import product
 from visattn.ops.convolution import conv2d_relu, grouped_conv2d
 from visattn.ops.dual import channel_residual, position_residual
 from visattn.ops.external import BatchNorm, external_residual_2d
+from visattn.ops.multihead import multihead_attention
 
 GROUPED = {"padding": 1, "groups": 4}
 NUMBERS = {"stride": 1, "padding": 1, "dilation": 1, "groups": 4}
@@ -172,3 +174,40 @@ def test_a_library_is_there_whole_or_not_at_all(build, monkeypatch, tmp_path):
     assert all("-pipe" in line and "-g" in line for line in lines)
     assert sum("-DDOUBLE" in line for line in lines) == len(lines) // 2
     assert sum(f"-DSOURCES={native.sources()}u" in line for line in lines) == len(lines) - 1
+
+
+def test_norms_of_another_size_and_freed_memory():
+    x = normal(1, 6, 5, 7)
+    shapes = [(6, 6, 1, 1), (6,), (4, 6), (6, 4), (6, 6, 1, 1)]
+    norm = BatchNorm(*(torch.ones(1) for _ in range(4)), False)
+    with pytest.raises((RuntimeError, ValueError)):
+        external_residual_2d(x, *(normal(*shape) for shape in shapes), norm)
+    weight = normal(4, 2, 3, 3)
+    x = normal(2, 8, 5, 7)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="memory was freed"):
+        grouped_conv2d(x, weight, **GROUPED, impl="native")
+
+
+def test_a_kernel_that_reaches_far_beyond_the_map_is_torchs():
+    x, weight = normal(1, 4, 4, 4), normal(4, 2, 2, 2)
+    options = {"groups": 2, "padding": 4000, "dilation": 8002}
+    assert torch.allclose(grouped_conv2d(x, weight, **options), F.conv2d(x, weight, **options))
+    with pytest.raises(ValueError, match="impl='native'"):
+        grouped_conv2d(x, weight, **options, impl="native")
+    with pytest.raises(ValueError, match="was given matrices"):
+        product(normal(2, 3, 5), normal(3, 5, 7))
+    with pytest.raises(ValueError, match="what is added does not fit"):
+        product(normal(3, 5), normal(2, 5, 7), bias=normal(4))
+
+
+def test_large_values_do_not_overflow_before_they_are_weighed():
+    query, value = torch.zeros(1, 1, 16, 4), torch.full((1, 1, 16, 8), 1e38)
+    assert torch.allclose(multihead_attention(query, query, value, impl="native"), value)
+
+
+def test_a_mask_for_more_samples_than_there_are_is_refused():
+    query, mask = normal(1, 2, 5, 3), torch.zeros(3, 1, 5, 5, dtype=torch.bool)
+    for impl in ("pieces", "native"):
+        with pytest.raises(ValueError, match="attention_mask must broadcast to the batch, heads, queries and keys"):
+            multihead_attention(query, query, query, attention_mask=mask, impl=impl)

@@ -115,6 +115,8 @@ def call(name: str, *arguments: Argument, flops: int) -> None:
         plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_neg()
         if library is None or not plain or tensor.dtype not in (kind, torch.bool):
             raise ValueError(f"visattn.native: {name} was given a tensor of {tensor.device}, {tensor.dtype}")
+        if tensor.data_ptr() == 0:
+            raise RuntimeError(f"visattn.native: {name} was given a tensor whose memory was freed")
     _flops += flops
     given: list[Any] = []
     for argument in (*arguments, torch.get_num_threads()):

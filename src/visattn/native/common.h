@@ -36,9 +36,9 @@ typedef real any_vec __attribute__((vector_size(sizeof(real) * LANES), aligned(s
 
 INLINE vec load(const real *from) { return *(const any_vec *)from; }
 INLINE void store(real *to, vec x) { *(any_vec *)to = x; }
-INLINE vec all(real x) { return (vec){x, x, x, x, x, x, x, x}; }
-INLINE vec positive(vec x) { return (vec)((ivec)x & ~(x < all(0))); }  // NaN stays
-INLINE real added(vec x) {
+INLINE vec broadcast(real x) { return (vec){x, x, x, x, x, x, x, x}; }
+INLINE vec positive(vec x) { return (vec)((ivec)x & ~(x < broadcast(0))); }  // NaN stays
+INLINE real horizontal_sum(vec x) {
   x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
   x += SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
   return x[0] + x[1];
@@ -61,14 +61,14 @@ INLINE void transpose(vec *r) {
   }
 }
 
-INLINE num least(num a, num b) { return a < b ? a : b; }
-INLINE num most(num a, num b) { return a > b ? a : b; }
-INLINE num share(num whole, num parts) { return (whole + parts - 1) / parts; }
+INLINE num min(num a, num b) { return a < b ? a : b; }
+INLINE num max(num a, num b) { return a > b ? a : b; }
+INLINE num ceil_div(num whole, num parts) { return (whole + parts - 1) / parts; }
 
 // Memory for so many numbers, aligned, with a little more behind; NULL where there is none. See memory.c.
-#define numbers NAME(numbers)
+#define allocate NAME(allocate)
 #define release NAME(release)
-real *numbers(num count);
+real *allocate(num count);
 void release(real *memory);
 
 // OpenMP's runtime is the one that torch brings: its threads are warm, and torch.set_num_threads rules them. It is
@@ -81,4 +81,4 @@ typedef struct {
   bool failed;  // some thread had no memory
 } loop;
 
-INLINE num take(loop *steps) { return __atomic_fetch_add(&steps->next, 1, __ATOMIC_RELAXED); }
+INLINE num next_step(loop *steps) { return __atomic_fetch_add(&steps->next, 1, __ATOMIC_RELAXED); }

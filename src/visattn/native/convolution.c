@@ -52,12 +52,12 @@ static layout lay_out(tap *taps, num count, num split, num height, num width, nu
   num last = 0, right = 0;
   for (num i = 0; i < count; i++) {
     num row = floor_div(taps[i].row, split), column = floor_div(taps[i].column, split);
-    l.first = i ? least(l.first, row) : row, last = i ? most(last, row) : row;
-    l.left = most(l.left, -column), right = most(right, column);
+    l.first = i ? min(l.first, row) : row, last = i ? max(last, row) : row;
+    l.left = max(l.left, -column), right = max(right, column);
     l.used_rows |= UINT64_C(1) << part_of(taps[i].row, split);
   }
   l.rows = rows + last - l.first;
-  l.row = l.left + most(share(columns, LANES) * LANES + right, share(width, split));
+  l.row = l.left + max(ceil_div(columns, LANES) * LANES + right, ceil_div(width, split));
   l.map = l.rows * l.row;
   l.channel = split * split * l.map;
   for (num i = 0; i < count; i++) {
@@ -86,7 +86,7 @@ static void fill(real *buffer, const layout *l, const real *from, num first) {
   first += l->first;
   for (num a = 0; a < split; a++) {
     if (!(l->used_rows >> a & 1)) continue;
-    for (num i = most(first, 0); i < first + l->rows && i * split + a < l->height; i++) {
+    for (num i = max(first, 0); i < first + l->rows && i * split + a < l->height; i++) {
       const real *source = from + (i * split + a) * l->width;
       real *to = buffer + a * split * l->map + (i - first) * l->row + l->left;
       if (split == 1)
@@ -109,7 +109,7 @@ INLINE void meeting(const tap *taps, num count, num row, num height, num *from, 
   *from = first, *to = last;
 }
 
-// ---- Sums over input channels and taps. Vectors may run over the end of a row of `out`: what comes next is written later.
+// ---- Sums over input channels and taps. Vectors may run over the end of a row of `out`: what is there comes later.
 
 typedef struct {
   const real *x;
@@ -125,12 +125,12 @@ typedef struct {
 INLINE void rows_of(const int O, const int V, const sum *s) {
   vec total[WIDEST];
   const real *x = s->x, *weight = s->weight;
-  UNROLL for (int i = 0; i < O * V; i++) total[i] = all(0);
+  UNROLL for (int i = 0; i < O * V; i++) total[i] = broadcast(0);
   for (num c = 0; c < s->channels; c++, x += s->channel, weight += s->count * O)
     for (num t = s->from; t < s->to; t++) {
       const real *at = x + s->taps[t].at;
       vec by[4];
-      UNROLL for (int o = 0; o < O; o++) by[o] = all(weight[t * O + o]);
+      UNROLL for (int o = 0; o < O; o++) by[o] = broadcast(weight[t * O + o]);
       UNROLL for (int v = 0; v < V; v++) {
         vec here = load(at + v * LANES);
         UNROLL for (int o = 0; o < O; o++) total[o * V + v] += by[o] * here;
@@ -156,12 +156,12 @@ static void rows(num O, num V, const sum *s) {
 INLINE void lanes_of(const int P, const sum *s) {
   vec total[16];
   const real *x = s->x, *weight = s->weight;
-  UNROLL for (int p = 0; p < 16; p++) total[p] = all(0);
+  UNROLL for (int p = 0; p < 16; p++) total[p] = broadcast(0);
   for (num c = 0; c < s->channels; c++, x += s->channel, weight += s->count * LANES)
     for (num t = s->from; t < s->to; t++) {
       const real *at = x + s->taps[t].at;
       vec by = load(weight + t * LANES);
-      UNROLL for (int p = 0; p < P; p++) total[p] += by * all(at[p]);
+      UNROLL for (int p = 0; p < P; p++) total[p] += by * broadcast(at[p]);
     }
   UNROLL for (int p = 0; p < P; p += 8) {
     transpose(total + p);
@@ -181,8 +181,8 @@ static void lanes(num P, const sum *s) {
 static void one_row(num block, num columns, sum s) {
   const real *x = s.x;
   real *out = s.out;
-  num unit = block == LANES ? 1 : LANES, units = share(columns, unit);
-  num tiles = share(units, block == LANES ? WIDEST : WIDEST / block);
+  num unit = block == LANES ? 1 : LANES, units = ceil_div(columns, unit);
+  num tiles = ceil_div(units, block == LANES ? WIDEST : WIDEST / block);
   for (num i = 0; i < tiles; i++) {
     num from = units * i / tiles, to = units * (i + 1) / tiles;
     s.x = x + from * unit, s.out = out + from * unit;
@@ -217,7 +217,7 @@ typedef struct {
 static void pack(void *data) {
   convolution *w = data;
   num blocks = w->out / w->block;
-  for (num i; (i = take(&w->packing)) < w->packing.count;) {
+  for (num i; (i = next_step(&w->packing)) < w->packing.count;) {
     num group = i / blocks, first = i % blocks * w->block;
     for (num c = 0; c < w->in; c++)
       for (num o = 0; o < w->block; o++) {
@@ -231,7 +231,7 @@ static void pack(void *data) {
 
 // Some rows of a map, `scale * x + shift` and a ReLU applied; the sum of what is written.
 INLINE real write_rows(const bool relu, real *to, const real *from, num count, real scale, real shift) {
-  vec totals = all(0), scales = all(scale), shifts = all(shift);
+  vec totals = broadcast(0), scales = broadcast(scale), shifts = broadcast(shift);
   num i = 0;
   for (; i + LANES <= count; i += LANES) {
     vec y = scales * load(from + i) + shifts;
@@ -239,7 +239,7 @@ INLINE real write_rows(const bool relu, real *to, const real *from, num count, r
     store(to + i, y);
     totals += y;
   }
-  real total = added(totals);
+  real total = horizontal_sum(totals);
   for (; i < count; i++) {
     real y = scale * from[i] + shift;
     to[i] = relu && y < 0 ? 0 : y;
@@ -280,13 +280,13 @@ static void finish(const convolution *w, const phase *p, const real *from, num m
 
 static void convolve_steps(void *data) {
   convolution *w = data;
-  num blocks = w->out / w->block, map = w->band * share(w->out_width, w->step) + 2 * LANES;
-  real *buffer = numbers(w->in * w->l.channel + 2 * LANES), *out = numbers(w->step * w->block * map);
+  num blocks = w->out / w->block, map = w->band * ceil_div(w->out_width, w->step) + 2 * LANES;
+  real *buffer = allocate(w->in * w->l.channel + 2 * LANES), *out = allocate(w->step * w->block * map);
   if (buffer == NULL || out == NULL) {
     __atomic_store_n(&w->steps.failed, true, __ATOMIC_RELAXED);
   } else {
     memset(buffer, 0, sizeof(real) * (w->in * w->l.channel + 2 * LANES));
-    for (num i; (i = take(&w->steps)) < w->steps.count;) {
+    for (num i; (i = next_step(&w->steps)) < w->steps.count;) {
       num first = i % w->bands * w->band, group = i / w->bands % w->groups, sample = i / w->bands / w->groups;
       for (num c = 0; c < w->in; c++) {
         num channel = (sample * w->groups + group) * w->in + c;
@@ -294,7 +294,7 @@ static void convolve_steps(void *data) {
       }
       for (num a = 0; a < w->step; a++) {
         const phase *p = w->phases + a * w->step;
-        num some = least(w->band, p->rows - first);
+        num some = min(w->band, p->rows - first);
         if (some <= 0) continue;
         for (num b = 0; b < blocks; b++) {
           num channel = group * w->out + b * w->block;
@@ -318,25 +318,25 @@ static void convolve_steps(void *data) {
 }
 
 static int run(convolution *w, tap *taps, num split, num threads) {
-  num rows = share(w->out_height, w->step), columns = share(w->out_width, w->step);
+  num rows = ceil_div(w->out_height, w->step), columns = ceil_div(w->out_width, w->step);
   layout whole = lay_out(taps, w->count, split, w->height, w->width, rows, columns);
   // Fewer rows at a time where they would not fit into the cache, or would be too few pieces for all threads.
   num fitting = BUFFER / (w->in * split * split * whole.row) - (whole.rows - rows);
-  num shared = share(rows, share(4 * threads, w->batch * w->groups));
-  w->band = least(rows, most(LEAST_ROWS, least(fitting, shared)));
-  w->bands = share(rows, w->band);
+  num shared = ceil_div(rows, ceil_div(4 * threads, w->batch * w->groups));
+  w->band = min(rows, max(LEAST_ROWS, min(fitting, shared)));
+  w->bands = ceil_div(rows, w->band);
   w->l = lay_out(taps, w->count, split, w->height, w->width, w->band, columns);
   w->taps = taps;
   w->block = block_of(w->out);
   w->packing.count = w->groups * w->out / w->block;
   w->steps.count = w->batch * w->groups * w->bands;
   num maps = w->batch * w->groups * w->out;
-  real *sums = w->sums, *partial = sums ? numbers(maps * w->bands) : NULL;
-  w->packed = numbers(w->groups * w->in * w->out * w->count), w->sums = partial;
+  real *sums = w->sums, *partial = sums ? allocate(maps * w->bands) : NULL;
+  w->packed = allocate(w->groups * w->in * w->out * w->count), w->sums = partial;
   bool failed = w->packed == NULL || (sums && partial == NULL);
   if (!failed) {
-    GOMP_parallel(pack, w, least(threads, w->packing.count), 0);
-    GOMP_parallel(convolve_steps, w, least(threads, w->steps.count), 0);
+    GOMP_parallel(pack, w, min(threads, w->packing.count), 0);
+    GOMP_parallel(convolve_steps, w, min(threads, w->steps.count), 0);
     failed = w->steps.failed;
   }
   for (num i = 0; sums && !failed && i < maps; i++) {
@@ -364,7 +364,8 @@ PUBLIC int NAME(convolve)(const real *x, const real *weight, const real *scale, 
   return failed;
 }
 
-PUBLIC int NAME(convolve_input_gradient)(const real *gradient, const real *weight, real *d_x, const sizes *s, num threads) {
+PUBLIC int NAME(convolve_input_gradient)(const real *gradient, const real *weight, real *d_x, const sizes *s,
+                                         num threads) {
   num k = s->kernel, count = k * k, step = s->stride;
   tap *taps = malloc(sizeof(tap) * count);
   phase *phases = calloc(step * step, sizeof(phase));
@@ -417,12 +418,12 @@ typedef struct {
   num samples, from, to;  // rows
   real *out;
   num out_channel, in_channel;
-} product;
+} tap_product;
 
 // O output channels and T taps of one input channel.
-INLINE void rows_times(const int O, const int T, const gradients *w, const product *p) {
+INLINE void rows_times(const int O, const int T, const gradients *w, const tap_product *p) {
   vec total[WIDEST];
-  UNROLL for (int i = 0; i < O * T; i++) total[i] = all(0);
+  UNROLL for (int i = 0; i < O * T; i++) total[i] = broadcast(0);
   for (num b = 0; b < p->samples; b++)
     for (num q = p->from; q < p->to; q++) {
       const real *x = p->x + b * w->l.channel + q * w->l.row, *g = p->g + b * p->g_sample + q * w->row;
@@ -438,13 +439,14 @@ INLINE void rows_times(const int O, const int T, const gradients *w, const produ
       }
     }
   UNROLL for (int o = 0; o < O; o++)
-    UNROLL for (int t = 0; t < T; t++) p->out[o * p->out_channel + p->taps[t].weight] += added(total[o * T + t]);
+    UNROLL for (int t = 0; t < T; t++)
+      p->out[o * p->out_channel + p->taps[t].weight] += horizontal_sum(total[o * T + t]);
 }
 
 // 8 output channels, C input channels and T taps. Sums of sums of some rows: a single one would lose digits.
-INLINE void lanes_times(const int C, const int T, const gradients *w, const product *p) {
+INLINE void lanes_times(const int C, const int T, const gradients *w, const tap_product *p) {
   vec total[WIDEST], part[WIDEST];
-  UNROLL for (int i = 0; i < C * T; i++) total[i] = part[i] = all(0);
+  UNROLL for (int i = 0; i < C * T; i++) total[i] = part[i] = broadcast(0);
   num at[WIDEST], added_up = 0;
   UNROLL for (int t = 0; t < T; t++) at[t] = p->taps[t].at;
   for (num b = 0; b < p->samples; b++)
@@ -453,12 +455,12 @@ INLINE void lanes_times(const int C, const int T, const gradients *w, const prod
       for (num j = 0; j < w->row; j++) {
         vec by = load(g + j * LANES);
         UNROLL for (int c = 0; c < C; c++)
-          UNROLL for (int t = 0; t < T; t++) part[c * T + t] += by * all(x[c * p->x_map + at[t] + j]);
+          UNROLL for (int t = 0; t < T; t++) part[c * T + t] += by * broadcast(x[c * p->x_map + at[t] + j]);
       }
       added_up += w->row;
       if (added_up < AT_ONCE) continue;
       added_up = 0;
-      UNROLL for (int i = 0; i < C * T; i++) total[i] += part[i], part[i] = all(0);
+      UNROLL for (int i = 0; i < C * T; i++) total[i] += part[i], part[i] = broadcast(0);
     }
   for (int o = 0; o < LANES; o++)
     UNROLL for (int c = 0; c < C; c++)
@@ -468,7 +470,7 @@ INLINE void lanes_times(const int C, const int T, const gradients *w, const prod
       }
 }
 
-static void rows_product(num O, num T, const gradients *w, const product *p) {
+static void rows_product(num O, num T, const gradients *w, const tap_product *p) {
 #define CASE(o, t) \
   case o * 16 + t: rows_times(o, t, w, p); break;
   switch (O * 16 + T) {
@@ -479,7 +481,7 @@ static void rows_product(num O, num T, const gradients *w, const product *p) {
 #undef CASE
 }
 
-static void lanes_product(num C, num T, const gradients *w, const product *p) {
+static void lanes_product(num C, num T, const gradients *w, const tap_product *p) {
 #define CASE(c, t) \
   case c * 16 + t: lanes_times(c, t, w, p); break;
   switch (C * 16 + T) {
@@ -521,12 +523,12 @@ static void add_products(const gradients *w, const real *gs, const real *xs, num
                          num rows, real *d_weight) {
   const sizes *s = &w->s;
   num k = s->kernel, widest = w->block == 4 ? 3 : w->block == 2 ? 5 : 9;
-  product p = {.g_map = w->samples * w->band * w->row, .x_map = w->samples * w->l.channel, .samples = samples,
+  tap_product p = {.g_map = w->samples * w->band * w->row, .x_map = w->samples * w->l.channel, .samples = samples,
                .g_sample = w->band * w->row * (w->block == LANES ? LANES : 1),
                .out_channel = s->in * k * k, .in_channel = k * k};
   for (num o = 0; o < s->out; o += w->block)
     for (num r = 0; r < k; r++) {
-      num up = w->taps[r * k].row, tiles = share(k, widest);
+      num up = w->taps[r * k].row, tiles = ceil_div(k, widest);
       p.from = 0, p.to = rows;
       while (p.from < p.to && (first + p.from) * s->stride + up < 0) p.from++;
       while (p.to > p.from && (first + p.to - 1) * s->stride + up >= s->height) p.to--;
@@ -551,21 +553,21 @@ static void gradient_steps(void *data) {
   gradients *w = data;
   const sizes *s = &w->s;
   num count = s->kernel * s->kernel, map = s->height * s->width;
-  num x_size = share(s->in, w->parts) * w->samples * w->l.channel + 2 * LANES;
+  num x_size = ceil_div(s->in, w->parts) * w->samples * w->l.channel + 2 * LANES;
   num g_size = s->out * w->samples * w->band * w->row;
-  real *xs = numbers(x_size), *gs = numbers(g_size);
+  real *xs = allocate(x_size), *gs = allocate(g_size);
   if (xs == NULL || gs == NULL) {
     __atomic_store_n(&w->steps.failed, true, __ATOMIC_RELAXED);
   } else {
     memset(xs, 0, sizeof(real) * x_size);
     memset(gs, 0, sizeof(real) * g_size);
-    for (num i; (i = take(&w->steps)) < w->steps.count;) {
+    for (num i; (i = next_step(&w->steps)) < w->steps.count;) {
       num group = i / w->parts, c0 = s->in * (i % w->parts) / w->parts, c1 = s->in * (i % w->parts + 1) / w->parts;
       real *d_weight = w->d_weight + (group * s->out * s->in + c0) * count;
       for (num o = 0; o < s->out; o++) memset(d_weight + o * s->in * count, 0, sizeof(real) * (c1 - c0) * count);
       for (num b = 0; b < s->batch; b += w->samples)
         for (num first = 0; first < s->out_height; first += w->band) {
-          num samples = least(w->samples, s->batch - b), rows = least(w->band, s->out_height - first);
+          num samples = min(w->samples, s->batch - b), rows = min(w->band, s->out_height - first);
           for (num n = 0; n < samples; n++) {
             fill_gradients(w, gs, b + n, group, n, first, rows);
             for (num c = c0; c < c1; c++)
@@ -587,15 +589,15 @@ PUBLIC int NAME(convolve_weight_gradient)(const real *x, const real *gradient, r
   if (taps == NULL) return 1;
   gradients w = {.s = *s, .x = x, .gradient = gradient, .d_weight = d_weight, .taps = taps};
   w.block = block_of(s->out);
-  w.row = w.block == LANES ? s->out_width : share(s->out_width, LANES) * LANES;
+  w.row = w.block == LANES ? s->out_width : ceil_div(s->out_width, LANES) * LANES;
   num positions = w.block == LANES ? POSITIONS : LANES * POSITIONS;  // a lane of a row has an eighth of them
-  w.samples = most(1, least(s->batch, POSITIONS / (s->out_height * w.row)));
-  w.band = most(1, least(s->out_height, positions / w.row));
-  w.parts = least(s->in, share(4 * threads, s->groups));
+  w.samples = max(1, min(s->batch, POSITIONS / (s->out_height * w.row)));
+  w.band = max(1, min(s->out_height, positions / w.row));
+  w.parts = min(s->in, ceil_div(4 * threads, s->groups));
   for (int i = 0; i < LANES; i++) w.inside[i] = w.row - LANES + i < s->out_width ? -1 : 0;
   w.steps.count = s->groups * w.parts;
   w.l = lay_out(taps, count, s->stride, s->height, s->width, w.band, s->out_width);
-  GOMP_parallel(gradient_steps, &w, least(threads, w.steps.count), 0);
+  GOMP_parallel(gradient_steps, &w, min(threads, w.steps.count), 0);
   free(taps);
   return w.steps.failed;
 }

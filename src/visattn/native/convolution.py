@@ -14,6 +14,7 @@ __all__ = ["Geometry", "convolve", "convolve_relu", "input_gradient", "weight_gr
 
 
 MOST_STRIDE = 64
+MOST_REACH = 16  # of a kernel, in sides of the map
 
 
 class _Sizes(ctypes.Structure):
@@ -59,6 +60,7 @@ class Geometry(NamedTuple):
             min(self.stride, self.dilation, self.groups) >= 1
             and self.stride <= MOST_STRIDE
             and self.padding >= 0
+            and max(self.padding, reach) <= MOST_REACH * max(x.shape[2:])  # buffers are as wide
             and min(x.shape[2:]) + 2 * self.padding >= reach
             and weight.shape[0] % self.groups == 0
             and x.shape[1] == weight.shape[1] * self.groups

@@ -9,8 +9,8 @@ PUBLIC const uint32_t visattn_sources = SOURCES;  // see hatch_build.py
 
 static num held, peak;
 
-real *numbers(num count) {
-  num bytes = share((num)sizeof(real) * (count + 2 * LANES) + HEAD, 64) * 64;
+real *allocate(num count) {
+  num bytes = ceil_div((num)sizeof(real) * (count + 2 * LANES) + HEAD, 64) * 64;
   char *memory = aligned_alloc(64, bytes);
   if (memory == NULL) return NULL;
   *(num *)memory = bytes;
@@ -28,4 +28,6 @@ void release(real *memory) {
 }
 
 // The most bytes held at one time since the last call.
-PUBLIC num NAME(memory_peak)(void) { return __atomic_exchange_n(&peak, __atomic_load_n(&held, __ATOMIC_RELAXED), __ATOMIC_RELAXED); }
+PUBLIC num NAME(memory_peak)(void) {
+  return __atomic_exchange_n(&peak, __atomic_load_n(&held, __ATOMIC_RELAXED), __ATOMIC_RELAXED);
+}

@@ -2,8 +2,8 @@
 //
 //   out[i] = a[i] b[i] (+ addend[i] + bias[:, None], and relu), or their sum over i.
 //
-// A block of b is packed once, so that a tile of 4 rows and up to 3 vectors of columns reads it in one stream; a is read
-// as it lies, one number at a time. Sums over the depth are made of parts of DEPTH terms.
+// A block of b is packed once, so that a tile of 4 rows and up to 3 vectors of columns reads it in one stream; a is
+// read as it lies, one number at a time. Sums over the depth are made of parts of DEPTH terms.
 #include "common.h"
 
 enum { TALL = 4, WIDE = 3, DEPTH = 256, ROWS = 64, WIDTH = 4 * WIDE * LANES, AHEAD = 8, LINE = 64 / sizeof(real) };
@@ -30,11 +30,11 @@ typedef struct {
   bool first, relu;
 } target;
 
-INLINE num vectors(num left) { return left == WIDE + 1 ? 2 : least(left, WIDE); }  // one alone would leave units idle
+INLINE num vectors(num left) { return left == WIDE + 1 ? 2 : min(left, WIDE); }  // one alone would leave units idle
 
 INLINE vec load_some(const real *from, num count) {
   if (count >= LANES) return load(from);
-  vec x = all(0);
+  vec x = broadcast(0);
   if (count > 0) memcpy(&x, from, sizeof(real) * (count % LANES));
   return x;
 }
@@ -48,13 +48,13 @@ INLINE void store_some(real *to, vec x, num count) {
 static void pack(real *to, const real *b, num row, num depth, num columns) {
   for (num k = 0; k < depth; k++, b += row) {
     real *panel = to + k * WIDE * LANES;
-    for (num i = 0; i < columns + LINE; i += LINE) __builtin_prefetch(b + AHEAD * row + least(i, columns - 1));
+    for (num i = 0; i < columns + LINE; i += LINE) __builtin_prefetch(b + AHEAD * row + min(i, columns - 1));
     num left = columns;
     for (; left > (WIDE + 1) * LANES; left -= WIDE * LANES, panel += depth * WIDE * LANES)
       UNROLL for (int v = 0; v < WIDE; v++) store(panel + v * LANES, load(b + columns - left + v * LANES));
     panel -= k * WIDE * LANES;
     while (left > 0) {
-      num wide = vectors(share(left, LANES));
+      num wide = vectors(ceil_div(left, LANES));
       for (num v = 0; v < wide; v++)
         store(panel + (k * wide + v) * LANES, load_some(b + columns - left + v * LANES, left - v * LANES));
       panel += depth * wide * LANES;
@@ -65,13 +65,13 @@ static void pack(real *to, const real *b, num row, num depth, num columns) {
 
 static void pack_turned(real *to, const real *b, num row, num depth, num columns) {
   for (num left = columns; left > 0;) {
-    num wide = vectors(share(left, LANES));
+    num wide = vectors(ceil_div(left, LANES));
     for (num v = 0; v < wide; v++) {
-      num have = least(LANES, left - v * LANES);
+      num have = min(LANES, left - v * LANES);
       for (num k = 0; k < depth; k += LANES) {
         vec x[LANES];
         UNROLL for (int j = 0; j < LANES; j++)
-          x[j] = j < have ? load_some(b + (v * LANES + j) * row + k, depth - k) : all(0);
+          x[j] = j < have ? load_some(b + (v * LANES + j) * row + k, depth - k) : broadcast(0);
         transpose(x);
         UNROLL for (int j = 0; j < LANES; j++) if (k + j < depth) store(to + ((k + j) * wide + v) * LANES, x[j]);
       }
@@ -86,24 +86,24 @@ static void pack_turned(real *to, const real *b, num row, num depth, num columns
 INLINE void tile(const int wide, const real *a, num a_row, const real *panel, num depth, const target *t,
                  const num rows, const num columns) {
   vec sums[TALL * WIDE];
-  UNROLL for (int i = 0; i < TALL * WIDE; i++) sums[i] = all(0);
+  UNROLL for (int i = 0; i < TALL * WIDE; i++) sums[i] = broadcast(0);
   const real *lines[TALL];  // of rows that are not there: the last one again
-  UNROLL for (int r = 0; r < TALL; r++) lines[r] = a + least(r, rows - 1) * a_row;
+  UNROLL for (int r = 0; r < TALL; r++) lines[r] = a + min(r, rows - 1) * a_row;
   num ahead = t->addend ? TALL : 0;  // two maps are waited for longer
   UNROLL for (int r = 0; r < TALL; r++) {
-    num at = (least(r, rows - 1) + ahead) * t->row;
+    num at = (min(r, rows - 1) + ahead) * t->row;
     UNROLL for (int i = 0; i <= wide; i++) {  // a line may end anywhere
-      __builtin_prefetch(t->out + at + least(i * LANES, wide * LANES - 1), 1);
-      if (t->addend) __builtin_prefetch(t->addend + at + least(i * LANES, wide * LANES - 1));
+      __builtin_prefetch(t->out + at + min(i * LANES, wide * LANES - 1), 1);
+      if (t->addend) __builtin_prefetch(t->addend + at + min(i * LANES, wide * LANES - 1));
     }
   }
   for (num k = 0; k < depth;) {
     UNROLL for (int r = 0; r < TALL; r++) __builtin_prefetch(lines[r] + TALL * a_row + k);
-    for (num stop = least(k + LINE, depth); k < stop; k++) {
+    for (num stop = min(k + LINE, depth); k < stop; k++) {
       vec b[WIDE];
       UNROLL for (int v = 0; v < wide; v++) b[v] = load(panel + (k * wide + v) * LANES);
       UNROLL for (int r = 0; r < TALL; r++) {
-        vec x = all(lines[r][k]);
+        vec x = broadcast(lines[r][k]);
         UNROLL for (int v = 0; v < wide; v++) sums[r * WIDE + v] += x * b[v];
       }
     }
@@ -116,7 +116,7 @@ INLINE void tile(const int wide, const real *a, num a_row, const real *panel, nu
   }
   num row = t->row;
   if (!t->first) EACH(*x += load_some(t->out + r * row + v * LANES, columns - v * LANES))
-  if (t->bias) EACH(*x += all(t->bias[r]))
+  if (t->bias) EACH(*x += broadcast(t->bias[r]))
   if (t->addend) EACH(*x += load_some(t->addend + r * row + v * LANES, columns - v * LANES))
   if (t->relu) EACH(*x = positive(*x))
   EACH(store_some(t->out + r * row + v * LANES, *x, columns - v * LANES))
@@ -125,7 +125,7 @@ INLINE void tile(const int wide, const real *a, num a_row, const real *panel, nu
 
 static void tiles(num wide, const real *a, num a_row, const real *panel, num depth, target t, num rows, num columns) {
   for (; rows > 0; rows -= TALL, a += TALL * a_row) {
-    num tall = least(TALL, rows);
+    num tall = min(TALL, rows);
     bool whole = tall == TALL && columns >= wide * LANES;
     if (whole && wide == 3) tile(3, a, a_row, panel, depth, &t, TALL, 3 * LANES);
     else if (whole && wide == 2) tile(2, a, a_row, panel, depth, &t, TALL, 2 * LANES);
@@ -139,11 +139,11 @@ static void tiles(num wide, const real *a, num a_row, const real *panel, num dep
 }
 
 static void block(const product *p, num part, num start, real *packed) {
-  num columns = least(p->width, p->columns - start), per = share(p->depth, DEPTH);
+  num columns = min(p->width, p->columns - start), per = ceil_div(p->depth, DEPTH);
   num rows = p->symmetric ? start + columns : p->rows;
   num from = part * p->chunks / p->parts, to = (part + 1) * p->chunks / p->parts;
   for (num chunk = from; chunk < to; chunk++) {
-    num item = chunk / per, k = chunk % per * DEPTH, depth = least(DEPTH, p->depth - k);
+    num item = chunk / per, k = chunk % per * DEPTH, depth = min(DEPTH, p->depth - k);
     const real *a = p->a + item * p->a_next + k, *b = p->b + item * p->b_next;
     if (p->b_turned) pack_turned(packed, b + start * p->b_row + k, p->b_row, depth, columns);
     else pack(packed, b + k * p->b_row + start, p->b_row, depth, columns);
@@ -151,14 +151,14 @@ static void block(const product *p, num part, num start, real *packed) {
       num at = (part * p->rows + i) * p->columns + start;
       const real *panel = packed;
       for (num left = columns; left > 0;) {
-        num wide = vectors(share(left, LANES)), here = at + columns - left;
+        num wide = vectors(ceil_div(left, LANES)), here = at + columns - left;
         target t = {p->out + here, NULL, NULL, p->columns, chunk == from && !p->adds, false};
         if (chunk == to - 1) {
           t.addend = p->addend ? p->addend + here : NULL;
           t.bias = p->bias ? p->bias + i : NULL;
           t.relu = p->relu;
         }
-        tiles(wide, a + i * p->a_row, p->a_row, panel, depth, t, least(ROWS, rows - i), left);
+        tiles(wide, a + i * p->a_row, p->a_row, panel, depth, t, min(ROWS, rows - i), left);
         panel += depth * wide * LANES;
         left -= wide * LANES;
       }
@@ -172,22 +172,22 @@ static void block(const product *p, num part, num start, real *packed) {
 
 static void work(void *data) {
   product *p = data;
-  real *packed = numbers(least(DEPTH, p->depth) * (p->width + LANES));
+  real *packed = allocate(min(DEPTH, p->depth) * (p->width + LANES));
   if (packed == NULL) __atomic_store_n(&p->steps.failed, true, __ATOMIC_RELAXED);
   else
-    for (num step; (step = take(&p->steps)) < p->steps.count;)
+    for (num step; (step = next_step(&p->steps)) < p->steps.count;)
       block(p, step / p->blocks, (p->blocks - 1 - step % p->blocks) * p->width, packed);  // the longest first
   release(packed);
 }
 
 static bool run(product *p, num threads) {
-  p->chunks = p->count * share(p->depth, DEPTH);
-  num wanted = least(share(2 * threads, p->parts), share(p->columns, WIDE * LANES));
-  p->blocks = most(wanted, share(p->columns, WIDTH));
-  p->width = share(share(p->columns, p->blocks), LANES) * LANES;
-  p->blocks = share(p->columns, p->width);
+  p->chunks = p->count * ceil_div(p->depth, DEPTH);
+  num wanted = min(ceil_div(2 * threads, p->parts), ceil_div(p->columns, WIDE * LANES));
+  p->blocks = max(wanted, ceil_div(p->columns, WIDTH));
+  p->width = ceil_div(ceil_div(p->columns, p->blocks), LANES) * LANES;
+  p->blocks = ceil_div(p->columns, p->width);
   p->steps = (loop){.count = p->parts * p->blocks};
-  GOMP_parallel(work, p, (unsigned)least(threads, p->steps.count), 0);
+  GOMP_parallel(work, p, (unsigned)min(threads, p->steps.count), 0);
   return p->steps.failed;
 }
 
@@ -204,9 +204,9 @@ PUBLIC int NAME(product_each)(num count, num rows, num columns, num depth, const
 PUBLIC int NAME(product_sum)(num count, num rows, num columns, num depth, const real *a, num a_next, num a_row,
                        const real *b, num b_next, num b_row, num b_turned, real *out, num threads) {
   product p = {count, rows, columns, depth, a, a_next, a_row, b, b_next, b_row, b_turned,
-               .parts = least(2 * threads, count * share(depth, DEPTH))};
+               .parts = min(2 * threads, count * ceil_div(depth, DEPTH))};
   num size = rows * columns;
-  p.out = numbers(p.parts * size);
+  p.out = allocate(p.parts * size);
   if (p.out == NULL) return 1;
   bool failed = run(&p, threads);
   for (num i = 0; i < size && !failed; i++) {

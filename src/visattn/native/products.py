@@ -21,10 +21,11 @@ def _count(a: Tensor, b: Tensor) -> int:
 
 
 def _run(name: str, a: Tensor, b: Tensor, out: Tensor, *others: Tensor | bool | None, share: float = 1.0) -> None:
-    assert a.shape[-1] == b.shape[-2]
-    assert out.is_contiguous()
-    assert out.shape[-2:] == (a.shape[-2], b.shape[-1])
-    assert all(x is None or not isinstance(x, Tensor) or x.dtype == a.dtype == b.dtype == out.dtype for x in others)
+    batches = {x.shape[0] for x in (a, b) if x.ndim == 3}
+    fit = a.shape[-1] == b.shape[-2] and len(batches) <= 1 and out.shape[-2:] == (a.shape[-2], b.shape[-1])
+    if not fit or not out.is_contiguous():
+        shapes = [tuple(x.shape) for x in (a, b, out)]
+        raise ValueError(f"visattn.native: {name} was given matrices {shapes}")
     turned = b.stride(-2) == 1 and b.stride(-1) != 1
     sizes = (_count(a, b), a.shape[-2], b.shape[-1], a.shape[-1])
     a, b = _rows(a), _rows(b.transpose(-1, -2) if turned else b)
@@ -48,8 +49,10 @@ def product(
     Of a product that is known to be symmetric half is computed, of one without anything added.
     """
     out = a.new_empty(_count(a, b), a.shape[-2], b.shape[-1]) if out is None else out
-    assert addend is None or (addend.is_contiguous() and addend.shape == out.shape)
     bias = None if bias is None else bias.contiguous()
+    alike = addend is None or (addend.is_contiguous() and addend.shape == out.shape)
+    if not alike or (bias is not None and bias.shape != out.shape[-2:-1]):
+        raise ValueError(f"visattn.native: what is added does not fit a product of {tuple(out.shape)}")
     _run("product_each", a, b, out, addend, bias, relu, symmetric, share=0.5 if symmetric else 1.0)
     return out
 

@@ -84,7 +84,8 @@ def need_eager(impl: str, *tensors: Tensor | None) -> None:
     check(
         eager(*tensors),
         f"impl={impl!r}",
-        "compilers, exporters, torch.func, tensor subclasses and empty tensors need plain operations",
+        "compilers, exporters, torch.func, subclasses, empty tensors and inference tensors outside their mode need "
+        "plain operations",
         remedy="Leave impl at 'auto'.",
         shapes=[tuple(tensor.shape) for tensor in tensors if tensor is not None],
     )

@@ -18,6 +18,7 @@ from visattn.errors import check
 from visattn.native import convolution as kernels
 from visattn.ops._shared import (
     again,
+    autocasting,
     choose,
     differentiate_again,
     eager,
@@ -169,7 +170,8 @@ def _native(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int, groups: int
 ) -> Tensor:
     need_eager("native", x, weight, bias)
-    dtype, x, weight = x.dtype, upcast(x), upcast(weight)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocasting(x) else x.dtype
+    x, weight = upcast(x), upcast(weight)
     bias = None if bias is None else upcast(bias)
     native.need(x, weight, bias)
     geometry = kernels.Geometry(stride, padding, dilation, groups)

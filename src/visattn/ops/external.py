@@ -360,6 +360,8 @@ def _residual_buffered(
     impl: str = "buffered",
 ) -> Tensor:
     need_eager(impl, x, *weights, *norm[:4])
+    sizes = [tuple(tensor.shape) for tensor in norm[:4]]
+    check(set(sizes) == {(x.shape[1],)}, f"impl={impl!r}", "the norm needs one number for each channel", norm=sizes)
     check(eps > 0, f"impl={impl!r}", "without eps a slot may have no weight at all", eps=eps)
     count = x.shape[0] * x.shape[2] * x.shape[3]
     if norm.training and count == 1:

@@ -64,6 +64,8 @@ def verify(
     """
     if dtype not in _DTYPES:
         raise UserError(f"unknown dtype {dtype!r}. Choose from {', '.join(_DTYPES)}")
+    if impl == "native" and not native.available():
+        raise UserError(f"{native.MISSING}. Leave --impl out, or install it again where there is a C compiler")
     known = sorted({name for block in vars(blocks).values() for name in getattr(block, "impls", ())})
     if impl not in ("all", *known):
         raise UserError(f"unknown implementation {impl!r}. Choose from all, {', '.join(known)}")
