@@ -479,3 +479,10 @@ def test_the_difference_is_never_that_of_nothing():
         visattn.insert(Net(Output), "dual", at="conv", sample=x)
     with pytest.raises(ValueError, match="the network's output has no tensor to compare"):
         visattn.insert(Net(lambda x: None), "dual", at="conv", sample=x)
+
+
+def test_a_network_that_computes_otherwise_when_watched():
+    """Grouped convolutions with hooks are torch's own, without them they may be ours: equal up to rounding alone."""
+    net = torch.nn.Sequential(visattn.PyramidSqueezeAttention(64), torch.nn.ReLU(), visattn.SelectiveKernel(64))
+    record = visattn.insert(net.eval(), "external", at="1", sample=torch.randn(1, 64, 11, 13))
+    assert record.max_difference == 0

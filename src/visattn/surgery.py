@@ -298,7 +298,7 @@ def find_places(net: nn.Module, sample: Sample | None = None) -> dict[str, Place
         >>> find_places(net, torch.randn(1, 3, 6, 5))["0"].shape
         (8, 4, 3)
     """
-    return _find_places(net, _default_sample(net) if sample is None else sample)[0]
+    return _find_places(net, _default_sample(net) if sample is None else sample)
 
 
 def _channel_axis(module: nn.Module, output: Tensor) -> int | None:
@@ -313,7 +313,7 @@ def _channel_axis(module: nn.Module, output: Tensor) -> int | None:
     return None
 
 
-def _find_places(net: nn.Module, sample: Sample) -> tuple[dict[str, Place], Any]:
+def _find_places(net: nn.Module, sample: Sample) -> dict[str, Place]:
     batch = next((tensor.shape[0] for tensor in _tensors(sample) if tensor.ndim), None)
     last = getattr(net, "output_fmt", None) == "NHWC"
     inside = {id(m) for i in net.modules() if isinstance(i, Inserted) for m in i.block.modules()}
@@ -349,7 +349,7 @@ def _find_places(net: nn.Module, sample: Sample) -> tuple[dict[str, Place], Any]
     ]
     try:
         with _evaluating(net):
-            output = _run(net, sample)
+            _run(net, sample)
     finally:
         for handle in handles:
             handle.remove()
@@ -358,7 +358,7 @@ def _find_places(net: nn.Module, sample: Sample) -> tuple[dict[str, Place], Any]
         places = [place(name, made) for made in calls.get(name, [])]
         if places and places[0] and len({p and (p.channels, p.layout) for p in places}) == 1:
             found[name] = places[0]  # run twice with different widths, no one block fits
-    return found, output
+    return found
 
 
 def _match(places: Mapping[str, Place], at: str | Sequence[str]) -> list[Place]:
@@ -476,8 +476,9 @@ def insert(
         0.0
     """
     sample = _default_sample(net) if sample is None else sample
-    places, before = _find_places(net, sample)
-    chosen = _match(places, at)
+    chosen = _match(_find_places(net, sample), at)
+    with _evaluating(net):  # again: modules that are watched by hooks may compute in another way
+        before = _run(net, sample)
     inserted: dict[str, Inserted] = {}
     for place in chosen:
         built = _build(net, block, place, options).to(device=place.device, dtype=place.dtype)
