@@ -18,7 +18,7 @@ from typing import Any
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 except ModuleNotFoundError:  # run by hand
-    BuildHookInterface = object  # type: ignore[assignment, misc]
+    BuildHookInterface = object
 
 SOURCE = Path(__file__).parent / "src" / "visattn" / "native"
 TARGET = SOURCE / "kernels.so"
@@ -63,7 +63,7 @@ def build(target: Path) -> str:
     return ""
 
 
-class Kernels(BuildHookInterface):  # type: ignore[type-arg]
+class Kernels(BuildHookInterface):
     """Puts the library into wheels, which are then for one platform; an editable install has it in the checkout."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:

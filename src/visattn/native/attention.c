@@ -546,50 +546,27 @@ static int attend(problem *p, bool backward) {
   return h.steps.failed;
 }
 
-INLINE array array_of(const void *at, const num *strides) {
-  return (array){at, strides[0], strides[1], strides[2], strides[3]};
+// sizes: samples, heads, queries, keys, width, values. strides: 4 of each array, in the order of arguments.
+static int attend_to(const num *sizes, const num *strides, const void *const *arrays, double scale, num threads,
+                     bool backward) {
+  problem p = {.samples = sizes[0], .heads = sizes[1], .queries = sizes[2], .keys = sizes[3],
+               .width = sizes[4], .values = sizes[5], .scale = (real)scale, .threads = threads};
+  array *places[] = {&p.query, &p.key, &p.value, &p.weights, &p.mask, &p.out, &p.d_query, &p.d_key, &p.d_value};
+  for (num i = 0; i < (backward ? 9 : 6); i++, strides += 4)
+    *places[i] = (array){arrays[i], strides[0], strides[1], strides[2], strides[3]};
+  return attend(&p, backward);
 }
 
-// sizes: samples, heads, queries, keys, width, values. strides: 4 of each array, in the order of arguments.
 PUBLIC int NAME(attention_forward)(const num *sizes, const num *strides, const real *query, const real *key,
-                             const real *value, const real *weights, const uint8_t *mask, real *out, double scale,
-                             num threads) {
-  problem p = {.samples = sizes[0],
-               .heads = sizes[1],
-               .queries = sizes[2],
-               .keys = sizes[3],
-               .width = sizes[4],
-               .values = sizes[5],
-               .query = array_of(query, strides),
-               .key = array_of(key, strides + 4),
-               .value = array_of(value, strides + 8),
-               .weights = array_of(weights, strides + 12),
-               .mask = array_of(mask, strides + 16),
-               .out = array_of(out, strides + 20),
-               .scale = (real)scale,
-               .threads = threads};
-  return attend(&p, false);
+                                   const real *value, const real *weights, const uint8_t *mask, real *out,
+                                   double scale, num threads) {
+  const void *arrays[] = {query, key, value, weights, mask, out};
+  return attend_to(sizes, strides, arrays, scale, threads, false);
 }
 
 PUBLIC int NAME(attention_backward)(const num *sizes, const num *strides, const real *query, const real *key,
-                              const real *value, const real *weights, const uint8_t *mask, const real *gradient,
-                              real *d_query, real *d_key, real *d_value, double scale, num threads) {
-  problem p = {.samples = sizes[0],
-               .heads = sizes[1],
-               .queries = sizes[2],
-               .keys = sizes[3],
-               .width = sizes[4],
-               .values = sizes[5],
-               .query = array_of(query, strides),
-               .key = array_of(key, strides + 4),
-               .value = array_of(value, strides + 8),
-               .weights = array_of(weights, strides + 12),
-               .mask = array_of(mask, strides + 16),
-               .out = array_of(gradient, strides + 20),
-               .d_query = array_of(d_query, strides + 24),
-               .d_key = array_of(d_key, strides + 28),
-               .d_value = array_of(d_value, strides + 32),
-               .scale = (real)scale,
-               .threads = threads};
-  return attend(&p, true);
+                                    const real *value, const real *weights, const uint8_t *mask, const real *gradient,
+                                    real *d_query, real *d_key, real *d_value, double scale, num threads) {
+  const void *arrays[] = {query, key, value, weights, mask, gradient, d_query, d_key, d_value};
+  return attend_to(sizes, strides, arrays, scale, threads, true);
 }

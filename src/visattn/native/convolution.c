@@ -470,21 +470,16 @@ INLINE void lanes_times(const int C, const int T, const gradients *w, const tap_
       }
 }
 
-static void rows_product(num O, num T, const gradients *w, const tap_product *p) {
-#define CASE(o, t) \
-  case o * 16 + t: rows_times(o, t, w, p); break;
-  switch (O * 16 + T) {
-    CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8) CASE(1, 9)
-    CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5)
-    CASE(4, 1) CASE(4, 2) CASE(4, 3)
-  }
-#undef CASE
-}
-
-static void lanes_product(num C, num T, const gradients *w, const tap_product *p) {
-#define CASE(c, t) \
-  case c * 16 + t: lanes_times(c, t, w, p); break;
-  switch (C * 16 + T) {
+// `channels` of the output read row by row, or of the input where 8 of the output lie side by side.
+static void products(num channels, num count, const gradients *w, const tap_product *p) {
+#define CASE(n, t)                     \
+  case n * 16 + t:                     \
+    if (w->block < LANES)              \
+      rows_times(n, t, w, p);          \
+    else                               \
+      lanes_times(n, t, w, p);         \
+    break;
+  switch (channels * 16 + count) {
     CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8) CASE(1, 9)
     CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5)
     CASE(4, 1) CASE(4, 2) CASE(4, 3)
@@ -537,13 +532,9 @@ static void add_products(const gradients *w, const real *gs, const real *xs, num
         for (num c = 0; c < channels; c += together) {
           p.g = gs + o * p.g_map, p.x = xs + c * p.x_map, p.taps = w->taps + r * k + t0;
           p.out = d_weight + (o * s->in + c) * k * k;
-          if (w->block < LANES) {
-            rows_product(w->block, taps, w, &p);
-          } else {
-            num left = channels - c;
-            together = taps <= 3 && left >= 4 ? 4 : taps <= 5 && left >= 2 ? 2 : 1;
-            lanes_product(together, taps, w, &p);
-          }
+          num left = channels - c;
+          if (w->block == LANES) together = taps <= 3 && left >= 4 ? 4 : taps <= 5 && left >= 2 ? 2 : 1;
+          products(w->block == LANES ? together : w->block, taps, w, &p);
         }
       }
     }

@@ -7,6 +7,7 @@ Authors' code: https://github.com/junfu1115/DANet at b0a0fa008148f102321cdaa7ca3
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,13 +79,8 @@ def _position_fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out.squeeze(1).transpose(1, 2).reshape(value.shape)
 
 
-def _position_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    out = attend_in_pieces(_one_head(query), _one_head(key), _one_head(value), _plain)
-    return out.squeeze(1).transpose(1, 2).reshape(value.shape).to(value.dtype)
-
-
-def _position_native(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    out = attend_in_pieces(_one_head(query), _one_head(key), _one_head(value), _plain, impl="native")
+def _position_buffered(query: Tensor, key: Tensor, value: Tensor, *, impl: str) -> Tensor:
+    out = attend_in_pieces(_one_head(query), _one_head(key), _one_head(value), _plain, impl=impl)
     return out.squeeze(1).transpose(1, 2).reshape(value.shape).to(value.dtype)
 
 
@@ -128,12 +124,12 @@ def _position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return _POSITION[name](query, key, value)
 
 
-_POSITION = {
+_POSITION: dict[str, Callable[..., Tensor]] = {
     "auto": _position,
     "reference": _position_reference,
     "fused": _position_fused,
-    "pieces": _position_pieces,
-    "native": _position_native,
+    "pieces": partial(_position_buffered, impl="pieces"),
+    "native": partial(_position_buffered, impl="native"),
 }
 POSITION_IMPLEMENTATIONS = native.served(_POSITION)
 

@@ -8,6 +8,8 @@ at d75848e40233ed56fa503c888472bab8b17c568c (model/attention/SelfAttention.py)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,7 +88,7 @@ def _fused(
     return attend_fused(query, key, value, _reference, scale=scale, mask=mask, dropout_p=dropout_p)
 
 
-def _pieces(
+def _buffered(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -94,23 +96,11 @@ def _pieces(
     weights: Tensor | None,
     scale: float,
     dropout_p: float,
+    *,
+    impl: str,
 ) -> Tensor:
-    check(dropout_p == 0, "multihead_attention", "impl='pieces' knows no dropout", dropout_p=dropout_p)
-    out = attend_in_pieces(query, key, value, _reference, scale=scale, weights=weights, mask=mask)
-    return out.to(value.dtype)
-
-
-def _native(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    weights: Tensor | None,
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    check(dropout_p == 0, "multihead_attention", "impl='native' knows no dropout", dropout_p=dropout_p)
-    out = attend_in_pieces(query, key, value, _reference, scale=scale, weights=weights, mask=mask, impl="native")
+    check(dropout_p == 0, "multihead_attention", f"impl={impl!r} knows no dropout", dropout_p=dropout_p)
+    out = attend_in_pieces(query, key, value, _reference, scale=scale, weights=weights, mask=mask, impl=impl)
     return out.to(value.dtype)
 
 
@@ -172,7 +162,13 @@ def _auto(
     return _MULTIHEAD[name](query, key, value, mask, weights, scale, dropout_p)
 
 
-_MULTIHEAD = {"auto": _auto, "reference": _reference, "fused": _fused, "pieces": _pieces, "native": _native}
+_MULTIHEAD: dict[str, Callable[..., Tensor]] = {
+    "auto": _auto,
+    "reference": _reference,
+    "fused": _fused,
+    "pieces": partial(_buffered, impl="pieces"),
+    "native": partial(_buffered, impl="native"),
+}
 IMPLEMENTATIONS = native.served(_MULTIHEAD)
 
 
