@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from visattn.errors import check
-from visattn.ops._shared import map_layout
+from visattn.ops._shared import BatchNorm, map_layout
 
 __all__ = [
     "Block",
     "NormLayer",
+    "batch_norm_tensors",
     "check_map",
     "check_tokens",
     "conv_with_norm",
@@ -25,6 +26,7 @@ __all__ = [
     "layout_like",
     "make_norm",
     "plain_conv",
+    "plain_norm",
     "query_indices",
     "token_query_indices",
     "wide",
@@ -153,6 +155,27 @@ def plain_conv(conv: nn.Module) -> bool:
     Compilers see the call: they choose for themselves.
     """
     return not torch.compiler.is_compiling() and type(conv) is nn.Conv2d and not has_hooks(conv)
+
+
+def plain_norm(norm: nn.Module) -> bool:
+    """Whether a call of a norm is that of a batch norm with all its tensors, and no more."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(norm) is nn.BatchNorm2d
+        and not has_hooks(norm)
+        and not any(t is None for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum))
+    )
+
+
+def batch_norm_tensors(norm: nn.Module) -> BatchNorm | None:
+    """What an op needs of a plain batch norm, counting its batch; None for every other norm."""
+    if not plain_norm(norm):
+        return None
+    norm = cast(nn.BatchNorm2d, norm)
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    statistics = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    return BatchNorm(norm.weight, norm.bias, *statistics, norm.training, cast(float, norm.momentum), norm.eps)
 
 
 def layout_like(out: Tensor, x: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from visattn.blocks.base import (
     Block,
     NormLayer,
+    batch_norm_tensors,
     check_map,
     check_tokens,
     foldable,
     folded,
-    has_hooks,
     layout_like,
     make_norm,
     wide,
@@ -32,7 +32,6 @@ from visattn.errors import check
 from visattn.ops._shared import eager, precise, recording
 from visattn.ops.external import (
     IMPLEMENTATIONS,
-    BatchNorm,
     double_normalize,
     external_attention,
     external_attention_2d,
@@ -41,26 +40,6 @@ from visattn.ops.external import (
 )
 
 __all__ = ["ExternalAttention", "ExternalAttention2d", "MultiHeadExternalAttention"]
-
-
-def batch_norm_tensors(norm: nn.Module) -> BatchNorm | None:
-    """What the op needs of a plain batch norm, counting its batch; None for every other norm."""
-    if (
-        torch.compiler.is_compiling()
-        or type(norm) is not nn.BatchNorm2d
-        or has_hooks(norm)
-        or norm.weight is None
-        or norm.bias is None
-        or norm.running_mean is None
-        or norm.running_var is None
-        or norm.momentum is None
-    ):
-        return None
-    if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    return BatchNorm(
-        norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps
-    )
 
 
 class ExternalAttention(Block):

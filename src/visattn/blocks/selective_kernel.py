@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visattn import native
 from visattn.blocks.base import (
     Block,
     NormLayer,
     affine,
+    batch_norm_tensors,
     check_map,
     foldable,
     folded,
@@ -29,11 +31,13 @@ from visattn.blocks.base import (
     layout_like,
     make_norm,
     plain_conv,
+    plain_norm,
 )
 from visattn.errors import check
-from visattn.ops._shared import eager, precise, recording
+from visattn.native.select import MOST_BRANCHES
+from visattn.ops._shared import BatchNorm, eager, precise, recording
 from visattn.ops.convolution import IMPLEMENTATIONS, conv2d_relu, grouped_conv2d
-from visattn.ops.selective_kernel import branch_descriptor, branch_select, branch_weights
+from visattn.ops.selective_kernel import Gate, branch_descriptor, branch_select, branch_weights, normed_select
 
 __all__ = ["SelectiveKernel"]
 
@@ -45,11 +49,24 @@ class _Branch(nn.Module):
         super().__init__()
         self.conv, self.bn, self.act, self.impl = conv, bn, act, impl
 
+    def convolved(self, x: Tensor) -> Tensor:
+        """Output of the convolution."""
+        conv = self.conv
+        if not plain_conv(conv):
+            return cast(Tensor, conv(x))
+        return grouped_conv2d(x, conv.weight, conv.bias, **self._numbers(), impl=self.impl)
+
+    def plain_training(self) -> bool:
+        """Whether what follows the convolution is a batch norm in training and a ReLU, and no more."""
+        if has_hooks(self) or type(self.act) is not nn.ReLU or has_hooks(self.act):
+            return False
+        return self.bn.training and plain_norm(self.bn)
+
     def forward(self, x: Tensor) -> Tensor:
         conv, norm = self.conv, self.bn
+        out = norm(self.convolved(x))
         if not plain_conv(conv):
-            return cast(Tensor, self.act(norm(conv(x))))
-        out = norm(grouped_conv2d(x, conv.weight, conv.bias, **self._numbers(), impl=self.impl))
+            return cast(Tensor, self.act(out))
         known = type(self.act) is nn.ReLU and type(norm) is nn.BatchNorm2d
         if known and self.impl != "reference" and not has_hooks(self.act) and not has_hooks(norm):
             return F.relu_(out)  # neither convolution nor norm looks at its output again
@@ -231,9 +248,39 @@ class SelectiveKernel(Block):
         hidden = self._hidden(branch_descriptor(features, sums, impl=self._plainness))
         return features, torch.stack([fc(hidden) for fc in self.fcs], dim=1)  # logits (B, K, C)
 
+    def _plain_training(self, x: Tensor) -> bool:
+        """Whether all that follows the convolutions is known, and nothing else wants to see it."""
+        if self.impl not in ("auto", "native") or not eager(x) or not native.available():
+            return False
+        linears = (self.fc, *self.fcs)
+        if any(type(linear) is not nn.Linear or has_hooks(linear) for linear in linears):
+            return False
+        if not all(cast(_Branch, branch).plain_training() for branch in self.convs):
+            return False
+        parameters = [*self.parameters()]
+        if not precise(x, *parameters) or x.device.type != "cpu" or len(self.convs) > MOST_BRANCHES:
+            return False
+        if self.impl == "auto" and x.dtype != torch.float32:
+            return False
+        if self.fc_bn is None or self.fc_act is None:
+            return x[:, 0].numel() > 1
+        act = type(self.fc_act) is nn.ReLU and not has_hooks(self.fc_act)
+        return act and self.fc_bn.training and plain_norm(self.fc_bn) and len(x) > 1
+
+    def _trained(self, x: Tensor) -> Tensor:
+        branches = [cast(_Branch, branch) for branch in self.convs]
+        maps = [branch.convolved(x) for branch in branches]
+        norms = [cast(BatchNorm, batch_norm_tensors(branch.bn)) for branch in branches]
+        hidden = None if self.fc_bn is None else batch_norm_tensors(self.fc_bn)
+        fcs = [cast(nn.Linear, fc) for fc in self.fcs]
+        gate = Gate(self.fc.weight, self.fc.bias, hidden, [fc.weight for fc in fcs], [fc.bias for fc in fcs])
+        return normed_select(maps, norms, gate)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         check_map(self, x, self.channels)
+        if self._plain_training(x):
+            return layout_like(self._trained(x), x)
         features, logits = self._branches(x)
         out = branch_select(features, logits, overwrite=self._alone(x), impl=self._plainness)
         return layout_like(out, x)

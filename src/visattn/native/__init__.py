@@ -20,7 +20,7 @@ from visattn.errors import check
 
 __all__ = ["DTYPES", "MISSING", "available", "call", "flops", "memory_peak", "need", "served", "sources"]
 
-Argument = Tensor | ctypes.Structure | ctypes.Array[Any] | int | float | bool | None
+Argument = Tensor | tuple[Tensor, ...] | ctypes.Structure | ctypes.Array[Any] | int | float | bool | None
 DTYPES = (torch.float32, torch.float64)
 MISSING = "visattn was installed without its kernels, or its C code has changed since"
 FOLDER = Path(__file__).parent
@@ -99,6 +99,8 @@ def memory_peak() -> int:
 def call(name: str, *arguments: Argument, flops: int) -> None:
     """Call a kernel with pointers to tensors, structures and arrays, numbers, and how many threads in the end.
 
+    Several tensors are one argument, an array of pointers.
+
     Args:
         name: Of the kernel, without the type of the numbers, which is that of the first tensor.
         *arguments: As the kernel has them. Tensors are on the CPU, all of one type; strides are the caller's care.
@@ -109,7 +111,12 @@ def call(name: str, *arguments: Argument, flops: int) -> None:
     """
     global _flops
     library = _library()
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    tensors = [
+        tensor
+        for argument in arguments
+        for tensor in (argument if isinstance(argument, tuple) else (argument,))
+        if isinstance(tensor, Tensor)
+    ]
     kind = tensors[0].dtype
     for tensor in tensors:  # a kernel would read whatever lies there
         plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_neg()
@@ -122,6 +129,9 @@ def call(name: str, *arguments: Argument, flops: int) -> None:
     for argument in (*arguments, torch.get_num_threads()):
         if isinstance(argument, Tensor):
             given.append(ctypes.c_void_p(argument.data_ptr()))
+        elif isinstance(argument, tuple):
+            pointers = [tensor.data_ptr() for tensor in argument]
+            given.append(ctypes.byref((ctypes.c_void_p * len(pointers))(*pointers)))
         elif isinstance(argument, ctypes.Structure | ctypes.Array):
             given.append(ctypes.byref(argument))
         elif isinstance(argument, float):

@@ -37,6 +37,18 @@ typedef real any_vec __attribute__((vector_size(sizeof(real) * LANES), aligned(s
 INLINE vec load(const real *from) { return *(const any_vec *)from; }
 INLINE void store(real *to, vec x) { *(any_vec *)to = x; }
 INLINE vec broadcast(real x) { return (vec){x, x, x, x, x, x, x, x}; }
+// The first so many numbers of a vector, all of them from LANES on; the rest is zero, or is not written.
+INLINE vec load_some(const real *from, num count) {
+  if (count >= LANES) return load(from);
+  vec x = broadcast(0);
+  if (count > 0) memcpy(&x, from, sizeof(real) * (count % LANES));
+  return x;
+}
+
+INLINE void store_some(real *to, vec x, num count) {
+  if (count >= LANES) store(to, x);
+  else if (count > 0) memcpy(to, &x, sizeof(real) * (count % LANES));
+}
 INLINE vec positive(vec x) { return (vec)((ivec)x & ~(x < broadcast(0))); }  // NaN stays
 INLINE real horizontal_sum(vec x) {
   x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3);

@@ -32,18 +32,6 @@ typedef struct {
 
 INLINE num vectors(num left) { return left == WIDE + 1 ? 2 : min(left, WIDE); }  // one alone would leave units idle
 
-INLINE vec load_some(const real *from, num count) {
-  if (count >= LANES) return load(from);
-  vec x = broadcast(0);
-  if (count > 0) memcpy(&x, from, sizeof(real) * (count % LANES));
-  return x;
-}
-
-INLINE void store_some(real *to, vec x, num count) {
-  if (count >= LANES) store(to, x);
-  else if (count > 0) memcpy(to, &x, sizeof(real) * (count % LANES));
-}
-
 // Panels of up to WIDE vectors, each (depth, width of the panel), filled up with zeros.
 static void pack(real *to, const real *b, num row, num depth, num columns) {
   for (num k = 0; k < depth; k++, b += row) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from visattn.errors import check
 
 __all__ = [
+    "BatchNorm",
     "autocasting",
     "choose",
     "differentiate_again",
@@ -27,6 +28,18 @@ __all__ = [
 ]
 
 Function = TypeVar("Function")
+
+
+class BatchNorm(NamedTuple):
+    """What `torch.nn.functional.batch_norm` takes, for a norm with weight, bias and running statistics."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    training: bool
+    momentum: float = 0.1
+    eps: float = 1e-5
 
 
 def choose(op: str, impl: str, implementations: Mapping[str, Function]) -> Function:

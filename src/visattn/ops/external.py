@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from visattn import native
 from visattn.errors import check
 from visattn.ops._products import Products, best_products
 from visattn.ops._shared import (
+    BatchNorm,
     again,
     choose,
     differentiate_again,
@@ -40,18 +41,6 @@ __all__ = [
     "external_residual_2d",
     "external_residual_eval",
 ]
-
-
-class BatchNorm(NamedTuple):
-    """What `torch.nn.functional.batch_norm` takes, for a norm with weight, bias and running statistics."""
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-    training: bool
-    momentum: float = 0.1
-    eps: float = 1e-5
 
 
 def _double_normalize_reference(logits: Tensor, eps: float) -> Tensor:

@@ -8,15 +8,29 @@ https://github.com/xmu-xiaoma666/External-Attention-pytorch at d75848e40233ed56f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from visattn import native
 from visattn.errors import check
-from visattn.ops._shared import choose, upcast
+from visattn.native import select as kernels
+from visattn.ops._shared import (
+    BatchNorm,
+    again,
+    choose,
+    differentiate_again,
+    eager,
+    full_precision,
+    need_eager,
+    precise,
+    upcast,
+)
 
-__all__ = ["branch_descriptor", "branch_select", "branch_weights"]
+__all__ = ["NORMED_IMPLEMENTATIONS", "Gate", "branch_descriptor", "branch_select", "branch_weights", "normed_select"]
 
 
 def branch_weights(logits: Tensor) -> Tensor:
@@ -108,3 +122,196 @@ def branch_select(features: Sequence[Tensor], logits: Tensor, *, overwrite: bool
     if choose("branch_select", impl, {"auto": _select, "reference": _select_reference}) is _select:
         return _select(features, logits, overwrite)
     return _select_reference(features, logits)
+
+
+class Gate(NamedTuple):
+    """The small network of a selective kernel, from a descriptor (B, C) to logits (B, K, C).
+
+    Attributes:
+        weight: (hidden, C), of the layer that all branches share.
+        bias: (hidden,) or None.
+        norm: Of its output, with a ReLU behind it, or None.
+        weights: K times (C, hidden).
+        biases: K times (C,).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    norm: BatchNorm | None
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+
+    def attention(self, descriptor: Tensor) -> Tensor:
+        """(B, K, C), a softmax over K."""
+        hidden = F.linear(descriptor, self.weight, self.bias)
+        if self.norm is not None:
+            hidden = F.relu(_normed(hidden, self.norm))
+        pairs = zip(self.weights, self.biases, strict=True)
+        return torch.stack([F.linear(hidden, weight, bias) for weight, bias in pairs], dim=1).softmax(dim=1)
+
+
+def _normed(x: Tensor, norm: BatchNorm) -> Tensor:
+    weight, bias, mean, variance, training, momentum, eps = norm
+    return F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
+
+
+def _tensors(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate) -> list[Tensor | None]:
+    """All that has a gradient, in one row: `_parts` takes it apart."""
+    hidden = (None, None) if gate.norm is None else gate.norm[:2]
+    vectors = [norm.weight for norm in norms] + [norm.bias for norm in norms]
+    return [*maps, *vectors, *gate.weights, *gate.biases, gate.weight, gate.bias, *hidden]
+
+
+class _Numbers(NamedTuple):
+    eps: tuple[float, ...]
+    hidden: BatchNorm | None
+
+
+class _Parts(NamedTuple):
+    maps: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    gate: Gate
+
+
+def _parts(tensors: Sequence[Any], numbers: _Numbers, *, update: bool) -> _Parts:
+    branches = len(numbers.eps)
+    maps, weights, biases, gate_weights, gate_biases = (
+        tuple(tensors[i * branches : (i + 1) * branches]) for i in range(5)
+    )
+    weight, bias, norm_weight, norm_bias = tensors[5 * branches :]
+    norm = numbers.hidden
+    if norm is not None:
+        norm = norm._replace(weight=norm_weight, bias=norm_bias)
+        norm = norm if update else norm._replace(running_mean=None, running_var=None)  # type: ignore[arg-type]
+    return _Parts(maps, weights, biases, Gate(weight, bias, norm, gate_weights, gate_biases))
+
+
+class _NormedSelect(torch.autograd.Function):
+    """From the convolutions' outputs to the weighted sum, by kernels that read each of them four times in all.
+
+    Nothing as large as a map is kept but these outputs; the small network runs again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, numbers: _Numbers, *tensors: Any) -> tuple[Tensor, Tensor]:
+        parts = _parts(tensors, numbers, update=True)
+        of_norms, descriptor = kernels.normalise(parts.maps, parts.weights, parts.biases, numbers.eps)
+        attention = parts.gate.attention(descriptor)
+        out = kernels.combine(parts.maps, attention, numbers=of_norms)
+        ctx.save_for_backward(*tensors, of_norms, descriptor, attention)
+        ctx.numbers = numbers
+        ctx.mark_non_differentiable(of_norms)
+        return out, of_norms
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
+        *tensors, of_norms, descriptor, attention = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        if again(gradient):
+            return None, *differentiate_again(_normed_plain(ctx.numbers), tensors, needed, gradient)
+        parts, gradient = _parts(tensors, ctx.numbers, update=False), gradient.contiguous()
+        branches = len(parts.maps)
+        d_attention, sums = kernels.gather(parts.maps, of_norms, gradient)
+        with torch.enable_grad(), full_precision(gradient):  # through matrices and vectors alone
+            leaves = [None if one is None else one.detach().requires_grad_() for one in tensors[3 * branches :]]
+            leaf = descriptor.detach().requires_grad_()
+            gate = _parts([*tensors[: 3 * branches], *leaves], ctx.numbers, update=False).gate
+            wanted = [leaf, *(one for one in leaves if one is not None)]
+            d_descriptor, *rest = torch.autograd.grad(gate.attention(leaf), wanted, d_attention)
+        found: Iterator[Tensor] = iter(rest)
+        d_gate = [None if one is None else next(found) for one in leaves]
+        d_maps: Sequence[Tensor | None] = [None] * branches
+        d_norms: Sequence[Tensor | None] = [None] * (2 * branches)
+        if any(needed[: 3 * branches]):
+            given = (gradient, attention, sums, d_descriptor.contiguous())
+            d_maps, *vectors = kernels.scatter(parts.maps, of_norms, *given)
+            d_norms = [one for rows in vectors for one in rows.unbind()]
+        return None, *d_maps, *d_norms, *d_gate
+
+
+def _normed_plain(numbers: _Numbers) -> Any:
+    def plain(*tensors: Any) -> Tensor:
+        parts = _parts(tensors, numbers, update=False)
+        features = [
+            F.relu(F.batch_norm(x, None, None, weight, bias, True, 0.0, eps))
+            for x, weight, bias, eps in zip(*parts[:3], numbers.eps, strict=True)
+        ]
+        attention = parts.gate.attention(_descriptor(features, ()))[..., None, None]
+        return sum((attention[:, k] * feature for k, feature in enumerate(features)), torch.zeros_like(features[0]))
+
+    return plain
+
+
+def _normed_reference(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate) -> Tensor:
+    features = torch.stack([F.relu(_normed(x, norm)) for x, norm in zip(maps, norms, strict=True)], dim=1)
+    attention = gate.attention(features.sum(dim=1).mean(dim=(2, 3)))
+    return (features * attention[..., None, None]).sum(dim=1)
+
+
+def _served(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate) -> bool:
+    """Whether the kernels are for these maps: batches of more than one value, with statistics of their own."""
+    shape = maps[0].shape
+    batched = all(norm.training for norm in norms) and shape.numel() > shape[1]
+    hidden = gate.norm is None or (gate.norm.training and shape[0] > 1)
+    alike = len(shape) == 4 and all(one.shape == shape for one in maps) and len(maps) <= kernels.MOST_BRANCHES
+    return alike and batched and hidden and all(norm.weight.shape == shape[1:2] == norm.bias.shape for norm in norms)
+
+
+def _normed_native(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate) -> Tensor:
+    tensors = _tensors(maps, norms, gate)
+    need_eager("native", *tensors)
+    native.need(*tensors)
+    check(
+        _served(maps, norms, gate),
+        "impl='native'",
+        f"the kernels are for at most {kernels.MOST_BRANCHES} maps of one shape, with norms in training",
+        remedy="Leave impl at 'auto'.",
+        maps=[tuple(one.shape) for one in maps],
+    )
+    tensors[: len(maps)] = [one.contiguous() for one in maps]
+    numbers = _Numbers(tuple(norm.eps for norm in norms), gate.norm)
+    out: Tensor
+    out, of_norms = _NormedSelect.apply(numbers, *tensors)
+    with torch.no_grad():
+        for norm, mean, variance in zip(norms, of_norms[0], of_norms[1], strict=True):
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+            norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
+    return out
+
+
+def _normed_auto(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate) -> Tensor:
+    tensors = [tensor for tensor in _tensors(maps, norms, gate) if tensor is not None]
+    known = native.available() and maps[0].device.type == "cpu" and maps[0].dtype == torch.float32
+    if known and eager(*tensors) and precise(*tensors) and _served(maps, norms, gate):
+        return _normed_native(maps, norms, gate)
+    return _normed_reference(maps, norms, gate)
+
+
+_NORMED = {"auto": _normed_auto, "reference": _normed_reference, "native": _normed_native}
+NORMED_IMPLEMENTATIONS = native.served(_NORMED)
+
+
+def normed_select(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate, *, impl: str = "auto") -> Tensor:
+    """`sum_k a_k F_k` with `F_k = relu(norm_k(map_k))` and `a = gate(mean over positions of sum_k F_k)`.
+
+    Args:
+        maps: K maps (B, C, H, W), as convolutions leave them.
+        norms: K batch norms; in training their running statistics are updated.
+        gate: What makes the weights.
+        impl: "auto"; "reference"; "native", kernels in C that read the maps as seldom as can be, in training alone.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: Unknown `impl`, or one that cannot serve the arguments.
+
+    Example:
+        >>> ones, zeros, w = torch.ones(6), torch.zeros(6), torch.randn(6, 6)
+        >>> norms = [BatchNorm(ones, zeros, zeros.clone(), ones.clone(), training=True) for _ in range(2)]
+        >>> gate = Gate(w, None, None, [w, w], [zeros, zeros])
+        >>> normed_select([torch.randn(2, 6, 3, 5), torch.randn(2, 6, 3, 5)], norms, gate).shape
+        torch.Size([2, 6, 3, 5])
+    """
+    return choose("normed_select", impl, _NORMED)(maps, norms, gate)

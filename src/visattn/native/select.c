@@ -1,0 +1,334 @@
+// What selective kernels do with the maps c[k] of their branches between convolution and sum, each map read twice forward
+// and twice backward:
+//
+//   f[k] = relu(scale[k] c[k] + shift[k]), a batch norm and its activation, never written
+//   descriptor = mean over positions of sum_k f[k]
+//   out = sum_k a[k] f[k], a one number per sample, branch and channel.
+//
+// The gradient of f[k] is a[k] g + p, with g that of `out` and p, one number per sample and channel, that of the
+// descriptor. So all others follow from four sums over each map, and a is needed only after they are known.
+#include "common.h"
+
+#include <math.h>
+
+enum { PART = 2048, MOST = 4, SUMS = 4 };  // numbers added up before sums go on in double; branches
+
+typedef struct {
+  num branches, batch, channels, positions;
+  const real *const *maps, *const *weights, *const *biases;
+  const double *eps;
+  real *numbers;              // (5, branches, channels), see `numbers`
+  real *descriptor;           // (batch, channels)
+  const real *attention;      // (batch, branches, channels)
+  const real *gradient;       // of `out`
+  real *out, *sums;           // (batch, branches, channels, SUMS)
+  real *d_attention;          // (batch, branches, channels)
+  const real *d_descriptor;   // (batch, channels)
+  real *const *d_maps;
+  real *d_weights, *d_biases;  // (branches, channels)
+  bool normed;
+  num together;  // maps or channels in a step
+  loop steps;
+} selection;
+
+// Of each channel of a branch: the last two are what a map is multiplied with and what is added.
+enum numbers { MEAN, VARIANCE, INVERSE, SCALE, SHIFT };
+
+INLINE real *numbers(const selection *s, num kind, num branch, num channel) {
+  return s->numbers + (kind * s->branches + branch) * s->channels + channel;
+}
+
+// The last vector of a map, which overlaps the one before it, and the lanes of it that are new.
+typedef struct {
+  num size, whole;  // of a map; of that what full vectors hold
+  ivec fresh;
+} ends;
+
+INLINE ends ends_of(num size) {
+  ends e = {size, size / LANES * LANES, {0, 1, 2, 3, 4, 5, 6, 7}};
+  lane rest = (lane)(size % LANES);
+  e.fresh = size < LANES ? e.fresh < rest : e.fresh >= LANES - rest;
+  return e;
+}
+
+INLINE vec load_last(const real *x, const ends *e) {
+  return e->size < LANES ? load_some(x, e->size) : load(x + e->size - LANES);
+}
+
+INLINE void store_last(real *to, vec x, const ends *e) {
+  if (e->size < LANES) store_some(to, x, e->size);
+  else store(to + e->size - LANES, x);
+}
+
+// The sum over a channel of `change` of each vector x, in parts of at least PART numbers.
+#define SUM_OF_CHANNEL(change)                                                               \
+  ends e = ends_of(s->positions);                                                            \
+  vec sums[4] = {{0}, {0}, {0}, {0}}, x;                                                     \
+  double total = 0;                                                                          \
+  for (num b = 0, since = 0; b < s->batch; b++) {                                            \
+    const real *from = map + b * s->channels * e.size;                                       \
+    num i = 0;                                                                               \
+    while (i < e.whole) {                                                                    \
+      num stop = min(e.whole, i + PART), start = i;                                          \
+      for (; i + 4 * LANES <= stop; i += 4 * LANES)                                          \
+        UNROLL for (int u = 0; u < 4; u++) x = load(from + i + u * LANES), sums[u] += change; \
+      for (; i < stop; i += LANES) x = load(from + i), sums[0] += change;                    \
+      if ((since += i - start) >= PART) {                                                    \
+        total += horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));                  \
+        UNROLL for (int u = 0; u < 4; u++) sums[u] = broadcast(0);                           \
+        since = 0;                                                                           \
+      }                                                                                      \
+    }                                                                                        \
+    if (e.whole < e.size) x = load_last(from, &e), sums[1] += (vec)((ivec)(change) & e.fresh); \
+  }                                                                                          \
+  return total + horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+
+static double sum_of(const selection *s, const real *map) { SUM_OF_CHANNEL(x) }
+
+static double squares_of(const selection *s, const real *map, real mean) {
+  vec middle = broadcast(mean);
+  SUM_OF_CHANNEL((x - middle) * (x - middle))
+}
+
+// Of one map: its mean after the relu is what the descriptor has of it.
+static double relu_sum(const real *x, const ends *e, vec scale, vec shift) {
+  double total = 0;
+  for (num start = 0; start < e->whole; start += PART) {
+    vec sums[2] = {{0}, {0}};
+    num i = start, stop = min(e->whole, start + PART);
+    for (; i + 2 * LANES <= stop; i += 2 * LANES)
+      UNROLL for (int u = 0; u < 2; u++) sums[u] += positive(scale * load(x + i + u * LANES) + shift);
+    if (i < stop) sums[0] += positive(scale * load(x + i) + shift);
+    total += horizontal_sum(sums[0] + sums[1]);
+  }
+  if (e->whole < e->size)
+    total += horizontal_sum((vec)((ivec)positive(scale * load_last(x, e) + shift) & e->fresh));
+  return total;
+}
+
+// One channel of all branches and samples, which the cache holds from one pass over it to the next: first the mean,
+// then the squared distances from it, without a difference of large numbers.
+static void normalise_channel(const selection *s, num channel) {
+  num size = s->positions;
+  double count = (double)s->batch * (double)size;
+  ends e = ends_of(size);
+  for (num k = 0; k < s->branches; k++) {
+    const real *map = s->maps[k] + channel * size;
+    double mean = sum_of(s, map) / count, squares = squares_of(s, map, (real)mean);
+    double apart = mean - (real)mean;  // what the mean lost as a number of the maps' type
+    squares -= apart * apart * count;
+    double inverse = 1 / sqrt(squares / count + s->eps[k]), scale = s->weights[k][channel] * inverse;
+    double shift = s->biases[k][channel] - mean * scale;
+    *numbers(s, MEAN, k, channel) = (real)mean;
+    *numbers(s, VARIANCE, k, channel) = (real)(squares / (count - 1));
+    *numbers(s, INVERSE, k, channel) = (real)inverse;
+    *numbers(s, SCALE, k, channel) = (real)scale;
+    *numbers(s, SHIFT, k, channel) = (real)shift;
+    vec scales = broadcast((real)scale), shifts = broadcast((real)shift);
+    for (num b = 0; b < s->batch; b++) {
+      real *to = s->descriptor + b * s->channels + channel;
+      *to = (real)((k ? *to : 0) + relu_sum(map + b * s->channels * size, &e, scales, shifts) / (double)size);
+    }
+  }
+}
+
+// One map of the output.
+INLINE void combine_of(const int branches, const bool normed, const selection *s, num map) {
+  num channel = map % s->channels, sample = map / s->channels, size = s->positions;
+  vec by[MOST], scale[MOST], shift[MOST];
+  const real *from[MOST];
+  UNROLL for (int k = 0; k < branches; k++) {
+    by[k] = broadcast(s->attention[(sample * s->branches + k) * s->channels + channel]);
+    scale[k] = broadcast(normed ? *numbers(s, SCALE, k, channel) : 1);
+    shift[k] = broadcast(normed ? *numbers(s, SHIFT, k, channel) : 0);
+    from[k] = s->maps[k] + map * size;
+  }
+  real *out = s->out + map * size;  // may be the first map, so that its end is read before all else is written
+  ends e = ends_of(size);
+#define SUM(load_from)                                                    \
+  vec sum = broadcast(0);                                                 \
+  UNROLL for (int k = 0; k < branches; k++) {                             \
+    vec x = load_from;                                                    \
+    sum += by[k] * (normed ? positive(scale[k] * x + shift[k]) : x);      \
+  }
+  vec last = broadcast(0);
+  if (e.whole < size) {
+    SUM(load_last(from[k], &e))
+    last = sum;
+  }
+  for (num i = 0; i < e.whole; i += LANES) {
+    SUM(load(from[k] + i))
+    store(out + i, sum);
+  }
+  if (e.whole < size) store_last(out, last, &e);
+#undef SUM
+}
+
+static void combine_map(const selection *s, num map) {
+#define CASE(branches)                                         \
+  case branches: combine_of(branches, false, s, map); break;   \
+  case branches + MOST: combine_of(branches, true, s, map); break;
+  switch (s->branches + (s->normed ? MOST : 0)) { CASE(1) CASE(2) CASE(3) CASE(4) }
+#undef CASE
+}
+
+// Over a map of one branch: the gradient of a, and for the positions that the relu lets through how many they are, and
+// the sums of x, g and x g, with x what the norm makes of the map before weight and bias.
+static void gather_map(const selection *s, num branch, num map, const ends *e) {
+  num channel = map % s->channels, sample = map / s->channels, size = s->positions;
+  const real *from = s->maps[branch] + map * size, *gradient = s->gradient + map * size;
+  vec scale = broadcast(*numbers(s, SCALE, branch, channel)), shift = broadcast(*numbers(s, SHIFT, branch, channel));
+  vec mean = broadcast(*numbers(s, MEAN, branch, channel)), one = broadcast(1);
+  double totals[SUMS + 1] = {0};
+#define ADD(load_from, kept)                                       \
+  vec c = load_from(from), g = load_from(gradient);                \
+  vec normed = scale * c + shift;                                  \
+  ivec through = kept & ~(normed <= broadcast(0)); /* NaN too */   \
+  vec x = (vec)((ivec)(c - mean) & through);                       \
+  sums[SUMS] += (vec)((ivec)(g * positive(normed)) & kept);        \
+  g = (vec)((ivec)g & through);                                    \
+  sums[0] += (vec)((ivec)one & through);                           \
+  sums[1] += x;                                                    \
+  sums[2] += g;                                                    \
+  sums[3] += x * g;
+#define LOAD(p) load(p + i)
+#define LAST(p) load_last(p, e)
+  ivec all = ~(ivec){0};
+  for (num start = 0; start < size; start += PART) {
+    vec sums[SUMS + 1] = {{0}, {0}, {0}, {0}, {0}};
+    for (num i = start; i < min(e->whole, start + PART); i += LANES) {
+      ADD(LOAD, all)
+    }
+    if (e->whole < size && size - start <= PART) {
+      ADD(LAST, e->fresh)
+    }
+    for (int j = 0; j <= SUMS; j++) totals[j] += horizontal_sum(sums[j]);
+  }
+#undef ADD
+#undef LOAD
+#undef LAST
+  double inverse = *numbers(s, INVERSE, branch, channel);
+  totals[1] *= inverse, totals[3] *= inverse;
+  num at = (sample * s->branches + branch) * s->channels + channel;
+  for (int j = 0; j < SUMS; j++) s->sums[at * SUMS + j] = (real)totals[j];
+  s->d_attention[at] = (real)totals[SUMS];
+}
+
+// The gradient of one channel of a branch. That of batch norm's input is the gradient of its output with the mean and
+// the part along x taken away, times the scale.
+static void scatter_channel(const selection *s, num branch, num channel) {
+  num size = s->positions;
+  ends e = ends_of(size);
+  double d_weight = 0, d_bias = 0, count = (double)s->batch * (double)size;
+  for (num b = 0; b < s->batch; b++) {
+    num at = (b * s->branches + branch) * s->channels + channel;
+    const real *sums = s->sums + at * SUMS;
+    double a = s->attention[at], p = s->d_descriptor[b * s->channels + channel] / (double)size;
+    if (sums[0] == 0) continue;  // numbers that are none do not come through either
+    d_bias += a * sums[2] + p * sums[0];
+    d_weight += a * sums[3] + p * sums[1];
+  }
+  s->d_weights[branch * s->channels + channel] = (real)d_weight;
+  s->d_biases[branch * s->channels + channel] = (real)d_bias;
+  double by = *numbers(s, SCALE, branch, channel);
+  vec scale = broadcast((real)by), shift = broadcast(*numbers(s, SHIFT, branch, channel));
+  vec mean = broadcast(*numbers(s, MEAN, branch, channel)), constant = broadcast((real)(by * d_bias / count));
+  vec along = broadcast((real)(by * *numbers(s, INVERSE, branch, channel) * d_weight / count));
+  for (num b = 0; b < s->batch; b++) {
+    num map = b * s->channels + channel;
+    const real *from = s->maps[branch] + map * size, *gradient = s->gradient + map * size;
+    real *to = s->d_maps[branch] + map * size;
+    vec a = broadcast((real)(by * s->attention[(b * s->branches + branch) * s->channels + channel]));
+    vec p = broadcast((real)(by * s->d_descriptor[map] / (double)size));
+#define OF(c, g) \
+  ((vec)((ivec)(a * (g) + p) & ~(scale * (c) + shift <= broadcast(0))) - (constant + along * ((c) - mean)))
+    for (num i = 0; i < e.whole; i += LANES) {
+      vec c = load(from + i);
+      store(to + i, OF(c, load(gradient + i)));
+    }
+    if (e.whole < size) {
+      vec c = load_last(from, &e);
+      store_last(to, OF(c, load_last(gradient, &e)), &e);
+    }
+#undef OF
+  }
+}
+
+static void normalise_steps(void *data) {
+  selection *s = data;
+  for (num i; (i = next_step(&s->steps)) < s->steps.count;)
+    for (num c = i * s->together; c < min((i + 1) * s->together, s->channels); c++) normalise_channel(s, c);
+}
+
+static void combine_steps(void *data) {
+  selection *s = data;
+  for (num i; (i = next_step(&s->steps)) < s->steps.count;)
+    for (num map = i * s->together; map < min((i + 1) * s->together, s->batch * s->channels); map++)
+      combine_map(s, map);
+}
+
+static void gather_steps(void *data) {
+  selection *s = data;
+  ends e = ends_of(s->positions);
+  for (num i; (i = next_step(&s->steps)) < s->steps.count;)
+    for (num map = i * s->together; map < min((i + 1) * s->together, s->batch * s->channels); map++)
+      for (num k = 0; k < s->branches; k++) gather_map(s, k, map, &e);
+}
+
+static void scatter_steps(void *data) {
+  selection *s = data;
+  for (num i; (i = next_step(&s->steps)) < s->steps.count;)
+    for (num k = 0; k < s->branches; k++)
+      for (num c = i * s->together; c < min((i + 1) * s->together, s->channels); c++) scatter_channel(s, k, c);
+}
+
+static int by_channel(selection *s, void (*body)(void *), num threads) {
+  // Threads stay away from each other's lines, but have enough steps to share.
+  s->together = min(ceil_div(PART, s->positions), max(1, s->channels / (4 * threads)));
+  s->steps = (loop){.count = ceil_div(s->channels, s->together)};
+  GOMP_parallel(body, s, (unsigned)min(threads, s->steps.count), 0);
+  return 0;
+}
+
+static int by_map(selection *s, void (*body)(void *), num threads) {
+  s->together = ceil_div(4 * PART, s->positions);
+  s->steps = (loop){.count = ceil_div(s->batch * s->channels, s->together)};
+  GOMP_parallel(body, s, (unsigned)min(threads, s->steps.count), 0);
+  return 0;
+}
+
+// What the norms of all branches do, from the statistics of these maps, and the mean of what the relus let through.
+PUBLIC int NAME(select_normalise)(num branches, num batch, num channels, num positions, const real *const *maps,
+                                  const real *const *weights, const real *const *biases, const double *eps,
+                                  real *numbers, real *descriptor, num threads) {
+  selection s = {branches, batch, channels, positions, .maps = maps, .weights = weights, .biases = biases, .eps = eps,
+                 .numbers = numbers, .descriptor = descriptor};
+  return by_channel(&s, normalise_steps, threads);
+}
+
+// out = sum of a f, or of a c where there are no numbers of norms; out may be the first map.
+PUBLIC int NAME(select_combine)(num branches, num batch, num channels, num positions, const real *const *maps,
+                                real *numbers, const real *attention, real *out, num threads) {
+  selection s = {branches, batch, channels, positions, .maps = maps, .numbers = numbers, .attention = attention,
+                 .out = out, .normed = numbers != NULL};
+  return by_map(&s, combine_steps, threads);
+}
+
+// The gradient of a, and the sums that the other gradients follow from.
+PUBLIC int NAME(select_gather)(num branches, num batch, num channels, num positions, const real *const *maps,
+                               real *numbers, const real *gradient, real *d_attention, real *sums, num threads) {
+  selection s = {branches, batch, channels, positions, .maps = maps, .numbers = numbers, .gradient = gradient,
+                 .d_attention = d_attention, .sums = sums};
+  return by_map(&s, gather_steps, threads);
+}
+
+// The gradients of the maps and of the norms' weights and biases.
+PUBLIC int NAME(select_scatter)(num branches, num batch, num channels, num positions, const real *const *maps,
+                                real *numbers, const real *gradient, const real *attention, real *sums,
+                                const real *d_descriptor, real *const *d_maps, real *d_weights, real *d_biases,
+                                num threads) {
+  selection s = {branches, batch, channels, positions, .maps = maps, .numbers = numbers, .gradient = gradient,
+                 .attention = attention, .sums = sums, .d_descriptor = d_descriptor, .d_maps = d_maps,
+                 .d_weights = d_weights, .d_biases = d_biases};
+  return by_channel(&s, scatter_steps, threads);
+}

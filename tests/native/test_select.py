@@ -1,0 +1,280 @@
+"""Selective kernels in training by the kernels in C, against torch in float64."""
+
+import pytest
+import torch
+
+import visattn
+from visattn import native
+from visattn.native import select
+from visattn.ops._shared import BatchNorm
+from visattn.ops.selective_kernel import NORMED_IMPLEMENTATIONS, Gate, normed_select
+from visattn.testing.tolerance import NEIGHBOURS, assert_close_to_exact
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="there is no C compiler: test_calls checks that")
+SIZES = [
+    (2, 3, 5, 1, 7),
+    (1, 2, 3, 2, 3),
+    (3, 5, 7, 5, 11),
+    (4, 2, 3, 47, 53),
+    (2, 3, 11, 8, 8),
+]  # branches, (B, C, H, W)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def selection(size, impl, dtype, first=0, plain=False):
+    """Tensors with gradients, the op on them, and the statistics that it updates."""
+    branches, batch, channels, *sides = size
+    hidden = 13
+    vectors = [(channels,)] * (2 * branches) + [(hidden, channels), (hidden,), (hidden,), (hidden,)]
+    vectors += [(channels, hidden)] * branches + [(channels,)] * branches
+    shapes = [(batch, channels, *sides)] * branches + vectors
+    tensors = [normal(*shape, seed=first + i).to(dtype).requires_grad_() for i, shape in enumerate(shapes)]
+    statistics = [torch.full((channels,), 0.5 + i).to(dtype) for i in range(2 * branches)]
+    statistics += [torch.zeros(hidden, dtype=dtype), torch.ones(hidden, dtype=dtype)]
+
+    def call():
+        maps, weights, biases = (tensors[i * branches : (i + 1) * branches] for i in range(3))
+        norms = [
+            BatchNorm(w, b, *statistics[2 * i : 2 * i + 2], True, 0.1 + 0.2 * i, 1e-3 * (i + 1))
+            for i, (w, b) in enumerate(zip(weights, biases))
+        ]
+        weight, bias, *norm = tensors[3 * branches : 3 * branches + 4]
+        norm = None if plain else BatchNorm(*norm, *statistics[-2:], True, 0.3, 1e-2)
+        rest = tensors[3 * branches + 4 :]
+        gate = Gate(weight, None if plain else bias, norm, rest[:branches], rest[branches:])
+        return normed_select([x + 3.0 for x in maps], norms, gate, impl=impl)
+
+    return tensors, call, statistics
+
+
+def results(size, impl, dtype, first=0, plain=False):
+    """Output, gradients and statistics; without the gradient of a bias that a norm takes away again."""
+    tensors, call, statistics = selection(size, impl, dtype, first, plain)
+    out = call()
+    gradients = torch.autograd.grad(out, tensors, normal(*out.shape, seed=99).to(dtype), allow_unused=True)
+    dropped = 3 * size[0] + 1
+    assert gradients[dropped] is None or gradients[dropped].abs().max() < 1e-3
+    return [out, *(x for i, x in enumerate(gradients) if x is not None and i != dropped), *statistics]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_float64_is_the_reference(size, plain, threads):
+    for index, (got, exact) in enumerate(
+        zip(*(results(size, impl, torch.float64, plain=plain) for impl in ("native", "reference")), strict=True)
+    ):
+        assert torch.allclose(got, exact, rtol=1e-10, atol=1e-10), index
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_float32_is_as_close_as_the_reference(size, threads):
+    kinds = [("native", torch.float32), ("reference", torch.float32), ("reference", torch.float64)]
+
+    def runs(first):
+        return list(zip(*(results(size, *kind, first) for kind in kinds), strict=True))
+
+    for index, (got, plain, exact) in enumerate(runs(0)):
+
+        def neighbours(index=index):
+            return [runs(1000 * seed)[index] for seed in range(1, NEIGHBOURS + 1)]
+
+        assert_close_to_exact(got, exact, plain, str(index), neighbours=neighbours)
+
+
+def test_the_same_numbers_with_any_threads():
+    maps, gradient = (normal(3, 67, 5, 7), normal(3, 67, 5, 7, seed=1)), normal(3, 67, 5, 7, seed=2)
+    weights, attention, d_descriptor = normal(67), normal(3, 2, 67).softmax(dim=1), normal(3, 67, seed=3)
+    before, outs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            numbers, descriptor = select.normalise(maps, (weights, weights), (weights, weights), [1e-5, 1e-3])
+            d_attention, sums = select.gather(maps, numbers, gradient)
+            rest = select.scatter(maps, numbers, gradient, attention, sums, d_descriptor)
+            out = select.combine(maps, attention, numbers=numbers)
+            outs.append([numbers, descriptor, d_attention, sums, out, *rest[0], *rest[1:]])
+    finally:
+        torch.set_num_threads(before)
+    for other in outs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outs[0], other))
+
+
+def test_a_mean_far_from_zero_loses_no_digits_of_the_variance():
+    x = normal(2, 3, 47, 53) + 1000
+    numbers, _ = select.normalise((x,), (torch.ones(3),), (torch.zeros(3),), [1e-5])
+    exact = x.double().transpose(0, 1).flatten(1).var(dim=1)
+    assert torch.allclose(numbers[1, 0].double(), exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["map", "gradient"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_numbers_that_are_none_go_where_torch_takes_them(value, where):
+    got, wanted = [], []
+    for impl, found in (("native", got), ("reference", wanted)):
+        tensors, call, statistics = selection((2, 3, 5, 5, 7), impl, torch.float32)
+        gradient = normal(3, 5, 5, 7, seed=99)
+        (gradient if where == "gradient" else tensors[0].data)[1, 2, 3, 4] = value
+        out = call()
+        gradients = torch.autograd.grad(out, tensors, gradient)
+        found += [out, *gradients, *statistics]
+    assert all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(got, wanted))
+
+
+def test_second_derivatives():
+    tensors, call, _ = selection((2, 2, 3, 2, 3), "native", torch.float64)
+    maps = tensors[:2]
+    first = torch.autograd.grad(call().square().sum(), maps, create_graph=True)
+    second = torch.autograd.grad(sum(one.square().sum() for one in first), tensors, allow_unused=True)
+    others, plain, _ = selection((2, 2, 3, 2, 3), "reference", torch.float64)
+    expected = torch.autograd.grad(plain().square().sum(), others[:2], create_graph=True)
+    again = torch.autograd.grad(sum(one.square().sum() for one in expected), others, allow_unused=True)
+    for a, b in zip((*first, *second), (*expected, *again)):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-8)
+
+
+def block(**options):
+    torch.manual_seed(0)
+    return visattn.SelectiveKernel(12, groups=3, min_hidden=5, **options)
+
+
+def called(monkeypatch):
+    calls, call = [], native.call
+    monkeypatch.setattr(
+        select, "call", lambda name, *rest, **options: (calls.append(name), call(name, *rest, **options))
+    )
+    return calls
+
+
+def test_some_gradients_again_and_later():
+    """Any subset of gradients, twice, is what all of them at once are; recomputed activations too."""
+    module, x = block(), normal(2, 12, 5, 7).requires_grad_()
+    wanted = [x, *module.parameters()]
+    out = module(x).square().sum()
+    every = torch.autograd.grad(out, wanted, retain_graph=True)
+    for index, tensor in enumerate(wanted):
+        assert torch.equal(torch.autograd.grad(out, tensor, retain_graph=True)[0], every[index])
+    for module_wide in (True, False):
+        recomputed = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=module_wide).square().sum()
+        recomputed.backward()
+        assert all(torch.equal(tensor.grad, one) for tensor, one in zip(wanted, every))
+        for tensor in wanted:
+            tensor.grad = None
+    for tensor in wanted[1::2]:
+        tensor.requires_grad_(False)
+    module(x).square().sum().backward()
+    for tensor, one in zip(wanted, every):
+        assert tensor.grad is None if not tensor.requires_grad else torch.equal(tensor.grad, one)
+
+
+def test_statistics_are_updated_as_modules_do(monkeypatch):
+    calls = called(monkeypatch)
+    ours, theirs = block(), block(impl="reference")
+    for step in range(3):
+        x = normal(3, 12, 5, 7, seed=step)
+        assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+    assert calls
+    for (name, a), b in zip(ours.named_buffers(), theirs.buffers()):
+        assert torch.allclose(a, b, rtol=1e-5), name
+
+
+def other_momentum(module):
+    module.convs[0].bn.momentum = None
+
+
+def no_statistics(module):
+    module.convs[1].bn.track_running_stats = False
+    module.convs[1].bn.running_mean = module.convs[1].bn.running_var = None
+
+
+CHANGES = {
+    "hook on a norm": lambda m: m.convs[1].bn.register_forward_hook(lambda *a: None),
+    "hook on a branch": lambda m: m.convs[0].register_forward_hook(lambda *a: None),
+    "hook on the gate": lambda m: m.fc.register_forward_hook(lambda *a: None),
+    "hook on a selector": lambda m: m.fcs[1].register_full_backward_hook(lambda *a: None),
+    "frozen norm": lambda m: m.convs[0].bn.eval(),
+    "frozen gate": lambda m: m.fc_bn.eval(),
+    "another activation": lambda m: setattr(m.convs[0], "act", torch.nn.SiLU()),
+    "averaged statistics": other_momentum,
+    "no statistics": no_statistics,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_not_plain_is_called_as_it_is(change, monkeypatch):
+    calls = called(monkeypatch)
+    ours, theirs = block(), block(impl="reference")
+    CHANGES[change](ours), CHANGES[change](theirs)
+    x = normal(3, 12, 5, 7)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+    assert not calls
+    for (name, a), b in zip(ours.named_buffers(), theirs.buffers()):
+        assert torch.allclose(a, b, rtol=1e-5), name
+
+
+def test_a_hook_on_a_convolution_changes_nothing(monkeypatch):
+    calls, seen, module, x = called(monkeypatch), [], block(), normal(3, 12, 5, 7)
+    expected = module(x)
+    calls.clear()
+    module.convs[0].conv.register_forward_hook(lambda m, inputs, out: seen.append(out.clone()))
+    assert torch.allclose(module(x), expected, atol=1e-5)
+    assert calls
+    assert seen
+
+
+def test_a_batch_that_has_no_statistics_is_torchs():
+    tensors = [normal(1, 3, 1, 1), normal(1, 3, 1, 1)]
+    norms = [BatchNorm(*(torch.ones(3) for _ in range(4)), True) for _ in range(2)]
+    gate = Gate(normal(5, 3), None, None, [normal(3, 5)] * 2, [normal(3)] * 2)
+    for impl in NORMED_IMPLEMENTATIONS:
+        with pytest.raises(ValueError, match=r"more than 1 value per channel|at most 4 maps of one shape"):
+            normed_select(tensors, norms, gate, impl=impl)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    maps = (normal(2, 3, 5, 7), normal(2, 3, 5, 7))
+    attention = normal(2, 2, 3)
+    for wrong in ((maps[0], normal(2, 3, 7, 5)), (maps[0], maps[1].transpose(2, 3).contiguous().transpose(2, 3))):
+        with pytest.raises(ValueError, match="a selection was given maps"):
+            select.combine(wrong, attention)
+    with pytest.raises(ValueError, match="a selection was given maps"):
+        select.combine(maps, attention[:1])
+    with pytest.raises(ValueError, match="needs a norm"):
+        select.normalise(maps, (torch.ones(3),), (torch.ones(3),), [1e-5])
+
+
+@pytest.mark.parametrize("branches", [1, 2, 3, 4])
+def test_a_sum_may_be_written_over_the_first_map(branches):
+    maps = tuple(normal(2, 3, 5, 7, seed=k) for k in range(branches))
+    attention = normal(2, branches, 3).softmax(dim=1)
+    expected = sum(attention[:, k, :, None, None] * one for k, one in enumerate(maps))
+    assert torch.allclose(select.combine(maps, attention), expected, atol=1e-6)
+    assert select.combine(maps, attention, out=maps[0]) is maps[0]
+    assert torch.allclose(maps[0], expected, atol=1e-6)
+
+
+def test_autocast_in_the_backward_pass_changes_nothing():
+    module, x = block(), normal(2, 12, 5, 7).requires_grad_()
+    out = module(x).square().sum()
+    expected = torch.autograd.grad(out, [x, *module.parameters()], retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(out, [x, *module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+def test_relu_lets_nothing_through_at_zero():
+    x = torch.zeros(2, 1, 2, 3).requires_grad_()
+    norms = [BatchNorm(torch.ones(1), torch.zeros(1), torch.zeros(1), torch.ones(1), True)]
+    gate = Gate(torch.ones(1, 1), None, None, [torch.ones(1, 1)], [torch.zeros(1)])
+    (gradient,) = torch.autograd.grad(normed_select([x], norms, gate, impl="native").sum(), x)
+    assert torch.equal(gradient, torch.zeros_like(x))
