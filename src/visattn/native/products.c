@@ -28,6 +28,8 @@ typedef struct {
   const real *addend, *bias;
   num row;  // from one row of the output to the next
   bool first, relu;
+  const real *coming;  // where in b the columns of a panel are that is packed next, or NULL
+  num coming_row;
 } target;
 
 INLINE num vectors(num left) { return left == WIDE + 1 ? 2 : min(left, WIDE); }  // one alone would leave units idle
@@ -85,7 +87,13 @@ INLINE void tile(const int wide, const real *a, num a_row, const real *panel, nu
       if (t->addend) __builtin_prefetch(t->addend + at + min(i * LANES, wide * LANES - 1));
     }
   }
+  const real *coming = t->coming;
   for (num k = 0; k < depth;) {
+    if (coming) {
+      __builtin_prefetch(coming, 0, 2);
+      __builtin_prefetch(coming + LINE, 0, 2);
+      coming += t->coming_row;
+    }
     UNROLL for (int r = 0; r < TALL; r++) __builtin_prefetch(lines[r] + TALL * a_row + k);
     for (num stop = min(k + LINE, depth); k < stop; k++) {
       vec b[WIDE];
@@ -123,24 +131,43 @@ static void tiles(num wide, const real *a, num a_row, const real *panel, num dep
     t.out += TALL * t.row;
     if (t.addend) t.addend += TALL * t.row;
     if (t.bias) t.bias += TALL;
+    if (t.coming) t.coming += ceil_div(depth, LINE) * t.coming_row;
   }
 }
 
-static void block(const product *p, num part, num start, real *packed) {
+// The columns of b from `start` on, in a chunk of the depth.
+static const real *piece(const product *p, num chunk, num start) {
+  num per = ceil_div(p->depth, DEPTH);
+  return p->b + chunk / per * p->b_next + chunk % per * DEPTH * p->b_row + start;
+}
+
+// Where a step begins.
+static void place(const product *p, num step, num *part, num *start, num *chunk) {
+  *part = step / p->blocks;
+  *start = (p->blocks - 1 - step % p->blocks) * p->width;  // the longest first
+  *chunk = *part * p->chunks / p->parts;
+}
+
+// `next`: what is packed after this block, or NULL. The first tiles fetch what comes, a row with each line of the depth,
+// as packing would otherwise wait for memory a quarter of the time; short sums leave no time for it.
+static void block(const product *p, num part, num start, num from, const real *next, real *packed) {
   num columns = min(p->width, p->columns - start), per = ceil_div(p->depth, DEPTH);
   num rows = p->symmetric ? start + columns : p->rows;
-  num from = part * p->chunks / p->parts, to = (part + 1) * p->chunks / p->parts;
+  num to = (part + 1) * p->chunks / p->parts;
   for (num chunk = from; chunk < to; chunk++) {
     num item = chunk / per, k = chunk % per * DEPTH, depth = min(DEPTH, p->depth - k);
     const real *a = p->a + item * p->a_next + k, *b = p->b + item * p->b_next;
     if (p->b_turned) pack_turned(packed, b + start * p->b_row + k, p->b_row, depth, columns);
-    else pack(packed, b + k * p->b_row + start, p->b_row, depth, columns);
+    else pack(packed, piece(p, chunk, start), p->b_row, depth, columns);
+    const real *coming = chunk + 1 < to ? piece(p, chunk + 1, start) : next;
+    if (p->b_turned || depth < DEPTH / 2) coming = NULL;
     for (num i = 0; i < rows; i += ROWS) {
       num at = (part * p->rows + i) * p->columns + start;
       const real *panel = packed;
       for (num left = columns; left > 0;) {
         num wide = vectors(ceil_div(left, LANES)), here = at + columns - left;
-        target t = {p->out + here, NULL, NULL, p->columns, chunk == from && !p->adds, false};
+        target t = {p->out + here, NULL, NULL, p->columns, chunk == from && !p->adds, false, NULL, p->b_row};
+        if (coming && i == 0) t.coming = coming + columns - left;
         if (chunk == to - 1) {
           t.addend = p->addend ? p->addend + here : NULL;
           t.bias = p->bias ? p->bias + i : NULL;
@@ -163,8 +190,14 @@ static void work(void *data) {
   real *packed = allocate(min(DEPTH, p->depth) * (p->width + LANES));
   if (packed == NULL) __atomic_store_n(&p->steps.failed, true, __ATOMIC_RELAXED);
   else
-    for (num step; (step = next_step(&p->steps)) < p->steps.count;)
-      block(p, step / p->blocks, (p->blocks - 1 - step % p->blocks) * p->width, packed);  // the longest first
+    for (num step = next_step(&p->steps), following; step < p->steps.count; step = following) {
+      num part, start, chunk, other, coming_start, coming_chunk;
+      following = next_step(&p->steps);
+      place(p, step, &part, &start, &chunk);
+      place(p, following, &other, &coming_start, &coming_chunk);
+      const real *next = following < p->steps.count ? piece(p, coming_chunk, coming_start) : NULL;
+      block(p, part, start, chunk, next, packed);
+    }
   release(packed);
 }
 
