@@ -18,7 +18,7 @@ from torch import Tensor
 
 from visattn.errors import check
 
-__all__ = ["DTYPES", "MISSING", "available", "call", "flops", "memory_peak", "need", "served", "sources"]
+__all__ = ["DTYPES", "MISSING", "available", "call", "flops", "leads", "memory_peak", "need", "served", "sources"]
 
 Argument = Tensor | tuple[Tensor, ...] | ctypes.Structure | ctypes.Array[Any] | int | float | bool | None
 DTYPES = (torch.float32, torch.float64)
@@ -54,6 +54,15 @@ def sources() -> int:
 def available() -> bool:
     """Whether the kernels are compiled and this machine can run them."""
     return _library() is not None
+
+
+@functools.cache
+def leads() -> bool:
+    """Whether products of large matrices are worth taking from the kernels, which compute 8 float32 at a time.
+
+    Torch's use as many as a processor has. With AVX-512 that is 16, and on ARM nothing was measured.
+    """
+    return available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def served(implementations: Iterable[str]) -> tuple[str, ...]:

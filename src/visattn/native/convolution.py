@@ -1,14 +1,15 @@
-"""Grouped convolutions by the kernels of `convolution.c`."""
+"""Convolutions by the kernels of `convolution.c`, those of wide small maps by those of `fourier.c`."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from visattn.native import call
+from visattn.native import call, fourier
 
 __all__ = ["Geometry", "convolve", "convolve_relu", "input_gradient", "weight_gradient"]
 
@@ -68,6 +69,11 @@ class Geometry(NamedTuple):
             and len({tensor.dtype for tensor in (x, weight, bias) if tensor is not None}) == 1
         )
 
+    def by_fourier(self, shape: Sequence[int], weight: Tensor) -> bool:
+        """Whether transforms are the fastest way for maps of that shape: see fourier.c."""
+        same = self[:] == (1, weight.shape[2] // 2, 1, 1) and weight.shape[2] % 2 == 1
+        return same and fourier.pays(shape, weight)
+
     def sizes(self, shape: torch.Size, weight: Tensor) -> tuple[_Sizes, tuple[int, int, int, int]]:
         """The sizes as C has them, and the shape of the output, for an input of that shape."""
         batch, _, height, width = shape
@@ -92,6 +98,8 @@ class Geometry(NamedTuple):
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """`conv2d(x, weight, bias)`."""
+    if geometry.by_fourier(x.shape, weight):
+        return fourier.convolve(x, weight, bias)
     sizes, shape = geometry.sizes(x.shape, weight)
     out, bias = x.new_empty(shape), _whole(bias)
     call("convolve", x.contiguous(), weight.contiguous(), None, bias, out, None, sizes, False, flops=sizes.flops)
@@ -102,6 +110,8 @@ def convolve_relu(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, geometry: Geometry
 ) -> tuple[Tensor, Tensor]:
     """`relu(scale * conv2d(x, weight) + shift)` and the sums of its maps, (B, C)."""
+    if geometry.by_fourier(x.shape, weight):
+        return fourier.convolve_relu(x, weight, scale, shift)
     sizes, shape = geometry.sizes(x.shape, weight)
     out, sums, scale, shift = x.new_empty(shape), x.new_empty(shape[:2]), _whole(scale), _whole(shift)
     call("convolve", x.contiguous(), weight.contiguous(), scale, shift, out, sums, sizes, True, flops=sizes.flops)
@@ -110,6 +120,8 @@ def convolve_relu(
 
 def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     """The gradient of an input of that shape."""
+    if geometry.by_fourier(shape, weight):
+        return fourier.input_gradient(gradient, weight)
     sizes, out = geometry.sizes(shape, weight)[0], gradient.new_empty(shape)
     call("convolve_input_gradient", gradient.contiguous(), weight.contiguous(), out, sizes, flops=sizes.flops)
     return out
@@ -117,6 +129,8 @@ def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, geometry
 
 def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of a weight like `weight`."""
+    if geometry.by_fourier(x.shape, weight):
+        return fourier.weight_gradient(x, gradient, weight)
     sizes, out = geometry.sizes(x.shape, weight)[0], torch.empty_like(weight, memory_format=torch.contiguous_format)
     call("convolve_weight_gradient", x.contiguous(), gradient.contiguous(), out, sizes, flops=sizes.flops)
     return out

@@ -85,5 +85,5 @@ def best_products(impl: str, x: Tensor) -> Products:
     """
     if impl == "native":
         native.need(x)
-    known = native.available() and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
+    known = native.leads() and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
     return NATIVE if impl == "native" or (impl == "auto" and known) else TORCH

@@ -204,7 +204,9 @@ def _merged(
     return F.conv2d(x, _wide(weight, groups, together), bias, stride, padding, dilation, groups // together)
 
 
-def best_form(device: str, *, native: bool, size: int, outputs: int, width: int, groups: int) -> str:
+def best_form(
+    device: str, *, native: bool, size: int, outputs: int, width: int, groups: int, fourier: bool = False
+) -> str:
     """The form that "auto" takes, by what measured best on CPUs; on other devices `conv2d` as it is.
 
     Args:
@@ -214,8 +216,9 @@ def best_form(device: str, *, native: bool, size: int, outputs: int, width: int,
         outputs: Output channels of a group.
         width: Input channels of a group.
         groups: Groups.
+        fourier: Whether the kernels would take Fourier transforms, and be faster by them than torch.
     """
-    if device != "cpu" or groups == 1 or outputs == width == 1:
+    if device != "cpu" or (groups == 1 and not (native and fourier)) or outputs == width == 1:
         return "reference"
     if native:
         return "native"
@@ -240,6 +243,7 @@ def _choice(
         outputs=weight.shape[0] // groups,
         width=weight.shape[1],
         groups=groups,
+        fourier=geometry.by_fourier(x.shape, weight),
     )
 
 

@@ -119,7 +119,10 @@ def _position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         buffers=buffers,
         precise=precise(query, key, value),
         entries=0 if compiling else query.shape[0] * (query.shape[2] * query.shape[3]) ** 2,
-        native=buffers and query.dtype == torch.float32 and fits(*map(_one_head, (query, key, value))),
+        native=buffers
+        and native.leads()
+        and query.dtype == torch.float32
+        and fits(*map(_one_head, (query, key, value))),
     )
     return _POSITION[name](query, key, value)
 
@@ -215,7 +218,7 @@ def _position_residual_native(
 def _position_residual(x: Tensor, query: Projection, key: Projection, value: Projection, gamma: Tensor) -> Tensor:
     tensors = (x, *query, *key, *value, gamma)
     if x.device.type == "cpu" and eager(*tensors) and precise(*tensors) and not recording(*tensors):
-        fast = native.available() and x.dtype == torch.float32 and query[0].shape == key[0].shape
+        fast = native.leads() and x.dtype == torch.float32 and query[0].shape == key[0].shape
         run = _position_residual_native if fast else _position_residual_pieces
         return run(x, query, key, value, gamma)
     return _position_residual_plain(x, query, key, value, gamma, _position)

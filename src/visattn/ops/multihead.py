@@ -128,7 +128,7 @@ def best_multihead(
         entries: Size of the attention matrix.
         weights: Whether there are attention weights.
         dropout: Whether there is dropout.
-        native: Whether the compiled kernels serve the tensors.
+        native: Whether the compiled kernels serve the tensors, on a processor where they are the fastest.
     """
     if native and buffers and precise and not dropout:
         return "native"
@@ -157,7 +157,10 @@ def _auto(
         entries=0 if compiling else math.prod(query.shape[:3]) * key.shape[2],  # a compiler has symbols here
         weights=weights is not None,
         dropout=dropout_p > 0,
-        native=not compiling and query.dtype == torch.float32 and fits(query, key, value, weights, mask),
+        native=not compiling
+        and native.leads()
+        and query.dtype == torch.float32
+        and fits(query, key, value, weights, mask),
     )
     return _MULTIHEAD[name](query, key, value, mask, weights, scale, dropout_p)
 

@@ -1,0 +1,137 @@
+"""Convolutions by Fourier transforms against torch in float64, and where they are taken."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import visattn
+from visattn import native
+from visattn.native import fourier
+from visattn.native.convolution import Geometry
+from visattn.ops.convolution import conv2d_relu, grouped_conv2d
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.MISSING)
+
+CASES = [  # batch, in, out, height, width, kernel
+    (1, 1, 1, 1, 1, 1),
+    (2, 3, 4, 5, 7, 3),
+    (3, 20, 33, 8, 15, 5),
+    (2, 67, 17, 13, 9, 7),
+    (5, 97, 32, 7, 7, 3),
+    (1, 5, 7, 2, 3, 9),
+    (2, 31, 50, 11, 13, 1),
+    (3, 7, 5, 29, 3, 15),
+    (2, 311, 19, 7, 5, 3),  # a sum of more than one part
+]
+BOUND = {torch.float32: 4e-6, torch.float64: 1e-14}  # of the largest entry
+
+
+def case_of(sizes):
+    batch, inputs, outputs, height, width, kernel = sizes
+    generator = torch.Generator().manual_seed(sum(sizes))
+    shapes = [(batch, inputs, height, width), (outputs, inputs, kernel, kernel), (batch, outputs, height, width)]
+    return [torch.randn(shape, generator=generator).double() for shape in (*shapes, (outputs,))]
+
+
+def assert_near(got, want, name):
+    bound = BOUND[got.dtype] * want.abs().max().clamp_min(1)
+    assert got.shape == want.shape
+    assert (got.double() - want).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("most", [1, fourier.MOST])  # one map at a time, or all
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", CASES)
+def test_against_torch(sizes, dtype, most, monkeypatch):
+    monkeypatch.setattr(fourier, "MOST", most)
+    x, weight, gradient, bias = case_of(sizes)
+    x.requires_grad_(), weight.requires_grad_()
+    plain = F.conv2d(x, weight, padding=sizes[-1] // 2)
+    d_x, d_weight = torch.autograd.grad(plain, (x, weight), gradient)
+    plain = plain.detach()
+    x, weight, gradient, bias = (tensor.detach().to(dtype) for tensor in (x, weight, gradient, bias))
+    assert_near(fourier.convolve(x, weight, bias), plain + bias[:, None, None], "forward")
+    assert_near(fourier.convolve(x, weight, None), plain, "without a bias")
+    assert_near(fourier.input_gradient(gradient, weight), d_x, "input")
+    assert_near(fourier.weight_gradient(x, gradient, weight), d_weight, "weight")
+    out, sums = fourier.convolve_relu(x, weight, bias, bias)
+    want = F.relu(bias[:, None, None] * plain + bias[:, None, None])
+    assert_near(out, want, "relu")
+    assert_near(sums, want.sum(dim=(2, 3)), "sums")
+
+
+def test_float32_loses_no_more_than_a_direct_convolution():
+    x, weight, _gradient, _ = case_of((4, 256, 64, 7, 7, 5))
+    exact = F.conv2d(x, weight, padding=2)
+    x, weight = x.float(), weight.float()
+    ours, direct = (
+        (out.double() - exact).abs().max()
+        for out in (fourier.convolve(x, weight, None), F.conv2d(x, weight, padding=2))
+    )
+    assert ours <= direct
+
+
+def test_any_strides_and_threads():
+    x, weight, gradient, bias = (tensor.float() for tensor in case_of(CASES[2]))
+    want = [fourier.convolve(x, weight, bias), fourier.input_gradient(gradient, weight)]
+    want.append(fourier.weight_gradient(x, gradient, weight))
+    last = torch.channels_last
+    views = [tensor.contiguous(memory_format=last) for tensor in (x, weight, gradient)]
+    before = torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        got = [fourier.convolve(views[0], views[1], torch.stack([bias, bias], dim=1)[:, 0])]
+        got += [fourier.input_gradient(views[2], views[1]), fourier.weight_gradient(views[0], views[2], views[1])]
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "outputs", "kernel", "taken"),
+    [
+        ((8, 256, 14, 14), 256, 7, True),
+        ((8, 256, 14, 14), 256, 3, True),
+        ((32, 512, 7, 7), 512, 3, True),
+        ((8, 64, 56, 56), 16, 3, False),  # few outputs: transforms of the input would cost too much
+        ((8, 256, 14, 14), 256, 1, False),
+        ((1, 512, 7, 7), 512, 3, False),  # few positions: so would those of the weight
+        ((8, 256, 14, 14), 256, 11, False),
+    ],
+)
+def test_where_it_is_taken(shape, outputs, kernel, taken, monkeypatch):
+    weight = torch.empty(outputs, shape[1], kernel, kernel)
+    monkeypatch.setattr(fourier, "leads", lambda: True)
+    assert Geometry(1, kernel // 2, 1, 1).by_fourier(shape, weight) == taken
+    for geometry in (Geometry(2, kernel // 2, 1, 1), Geometry(1, kernel // 2 + 1, 1, 1), Geometry(1, kernel, 2, 1)):
+        assert not geometry.by_fourier(shape, weight)
+    monkeypatch.setattr(fourier, "leads", lambda: False)
+    assert not Geometry(1, kernel // 2, 1, 1).by_fourier(shape, weight)
+
+
+def test_auto_takes_it_for_wide_convolutions(monkeypatch):
+    monkeypatch.setattr(fourier, "leads", lambda: True)
+    called = []
+    for name in ("convolve", "convolve_relu", "input_gradient", "weight_gradient"):
+        function = getattr(fourier, name)
+        monkeypatch.setattr(fourier, name, lambda *a, f=function, n=name: called.append(n) or f(*a))
+    x, weight, gradient, bias = (tensor.float().requires_grad_() for tensor in case_of((4, 96, 80, 7, 14, 5)))
+    exact = F.conv2d(x, weight, bias, padding=2)
+    out = grouped_conv2d(x, weight, bias, padding=2)
+    assert_near(out, exact.double(), "forward")
+    for got, want in zip(*(torch.autograd.grad(y, (x, weight, bias), gradient) for y in (out, exact))):
+        assert_near(got, want.double(), "gradient")
+    with torch.no_grad():
+        conv2d_relu(x, weight, None, bias, stride=1, padding=2, dilation=1, groups=1)
+    assert called == ["convolve", "input_gradient", "weight_gradient", "convolve_relu"]
+
+
+def test_the_article_blocks_run_on_it(monkeypatch):
+    monkeypatch.setattr(fourier, "leads", lambda: True)
+    called = []
+    function = fourier._convolve
+    monkeypatch.setattr(fourier, "_convolve", lambda *a, **k: called.append(a[1].shape[2]) or function(*a, **k))
+    with torch.no_grad():
+        visattn.create("dual_projected", 96, (7, 7)).eval()(torch.randn(16, 96, 7, 7))
+        article = {"dilated": False, "groups": 1, "hidden_norm": False, "bias": True}
+        visattn.create("selective_kernel", 96, kernel_size=(1, 3, 5), **article).eval()(torch.randn(16, 96, 7, 7))
+    assert called == [3, 3, 3, 5]
