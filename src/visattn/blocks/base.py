@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from visattn.errors import check
 from visattn.ops._shared import BatchNorm, map_layout
+from visattn.ops.linear import linear
 
 __all__ = [
     "Block",
@@ -27,6 +28,7 @@ __all__ = [
     "make_norm",
     "plain_conv",
     "plain_norm",
+    "projected",
     "query_indices",
     "token_query_indices",
     "wide",
@@ -176,6 +178,15 @@ def batch_norm_tensors(norm: nn.Module) -> BatchNorm | None:
         norm.num_batches_tracked.add_(1)
     statistics = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
     return BatchNorm(norm.weight, norm.bias, *statistics, norm.training, cast(float, norm.momentum), norm.eps)
+
+
+def projected(layer: nn.Module, x: Tensor, impl: str) -> Tensor:
+    """What a linear layer makes of `x`, by the kernels where `impl` allows and a call does no more than its class."""
+    plain = type(layer) is nn.Linear and not has_hooks(layer) and not torch.compiler.is_compiling()
+    if not plain or impl == "reference":
+        return cast(Tensor, layer(x))
+    layer = cast(nn.Linear, layer)
+    return linear(x, layer.weight, layer.bias, impl="native" if impl == "native" else "auto")
 
 
 def layout_like(out: Tensor, x: Tensor) -> Tensor:

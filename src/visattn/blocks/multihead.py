@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visattn.blocks.base import Block, check_map, check_tokens, layout_like, query_indices, token_query_indices
+from visattn.blocks.base import (
+    Block,
+    check_map,
+    check_tokens,
+    layout_like,
+    projected,
+    query_indices,
+    token_query_indices,
+)
 from visattn.errors import check
 from visattn.ops.multihead import IMPLEMENTATIONS, multihead_attention, multihead_weights
 
@@ -107,7 +115,7 @@ class MultiHeadAttention(Block):
                 nn.init.zeros_(linear.bias)
 
     def _heads(self, x: Tensor, projection: str) -> Tensor:
-        x = getattr(self, projection)(x) if self.project else x
+        x = projected(getattr(self, projection), x, self.impl) if self.project else x
         return x.reshape(*x.shape[:2], self.num_heads, x.shape[-1] // self.num_heads).transpose(
             1, 2
         )  # (B, heads, N, width)
@@ -142,8 +150,7 @@ class MultiHeadAttention(Block):
             dropout_p=self.attn_drop if self.training else 0.0,
             impl=self.impl,
         )
-        projected: Tensor = self.fc_o(out.transpose(1, 2).flatten(2))
-        return projected
+        return projected(self.fc_o, out.transpose(1, 2).flatten(2), self.impl)
 
     def attention_maps(
         self,
