@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import visattn
 from visattn import native
-from visattn.native import fourier
+from visattn.native import convolution, fourier
 from visattn.native.convolution import Geometry
 from visattn.ops.convolution import conv2d_relu, grouped_conv2d
 
@@ -86,30 +86,57 @@ def test_any_strides_and_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def leading(monkeypatch):
+    """On a processor where the kernels' products are taken."""
+    for module in (fourier, convolution):
+        monkeypatch.setattr(module, "leads", lambda: True)
+
+
 @pytest.mark.parametrize(
-    ("shape", "outputs", "kernel", "taken"),
+    ("shape", "outputs", "kernel", "way"),
     [
-        ((8, 256, 14, 14), 256, 7, True),
-        ((8, 256, 14, 14), 256, 3, True),
-        ((32, 512, 7, 7), 512, 3, True),
-        ((8, 64, 56, 56), 16, 3, False),  # few outputs: transforms of the input would cost too much
-        ((8, 256, 14, 14), 256, 1, False),
-        ((1, 512, 7, 7), 512, 3, False),  # few positions: so would those of the weight
-        ((8, 256, 14, 14), 256, 11, False),
+        ((8, 256, 14, 14), 256, 7, "fourier"),
+        ((8, 256, 14, 14), 256, 3, "fourier"),
+        ((32, 512, 7, 7), 512, 3, "fourier"),
+        ((8, 64, 56, 56), 16, 3, ""),  # few outputs: transforms of the input would cost too much
+        ((1, 512, 7, 7), 512, 3, ""),  # few positions: so would those of the weight
+        ((8, 256, 14, 14), 256, 11, ""),
+        ((8, 256, 14, 14), 256, 1, "product"),
+        ((8, 256, 7, 7), 256, 1, ""),
+        ((8, 256, 14, 14), 32, 1, ""),
     ],
 )
-def test_where_it_is_taken(shape, outputs, kernel, taken, monkeypatch):
+def test_where_each_way_is_taken(shape, outputs, kernel, way, leading, monkeypatch):
     weight = torch.empty(outputs, shape[1], kernel, kernel)
-    monkeypatch.setattr(fourier, "leads", lambda: True)
-    assert Geometry(1, kernel // 2, 1, 1).by_fourier(shape, weight) == taken
+    assert Geometry(1, kernel // 2, 1, 1).wide(shape, weight) == way
     for geometry in (Geometry(2, kernel // 2, 1, 1), Geometry(1, kernel // 2 + 1, 1, 1), Geometry(1, kernel, 2, 1)):
-        assert not geometry.by_fourier(shape, weight)
-    monkeypatch.setattr(fourier, "leads", lambda: False)
-    assert not Geometry(1, kernel // 2, 1, 1).by_fourier(shape, weight)
+        assert geometry.wide(shape, weight) == ""
+    for module in (fourier, convolution):
+        monkeypatch.setattr(module, "leads", lambda: False)
+    assert Geometry(1, kernel // 2, 1, 1).wide(shape, weight) == ""
 
 
-def test_auto_takes_it_for_wide_convolutions(monkeypatch):
-    monkeypatch.setattr(fourier, "leads", lambda: True)
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_for_1x1_convolutions(bias, leading):
+    x, weight, gradient, shift = case_of((3, 67, 71, 7, 11, 1))
+    x, weight, shift = (tensor.requires_grad_() for tensor in (x, weight, shift))
+    given = (x, weight, shift) if bias else (x, weight)
+    want, out = F.conv2d(*given), grouped_conv2d(*given, impl="native")
+    assert out.grad_fn.name() == "_ConvolutionBackward"
+    assert_near(out.detach(), want.detach(), "forward")
+    for got, plain in zip(*(torch.autograd.grad(y, given, gradient) for y in (out, want))):
+        assert_near(got, plain, "gradient")
+    low = [tensor.detach().float() for tensor in given]
+    with torch.no_grad():
+        numbers = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+        out, sums = conv2d_relu(*low[:2], low[2] if bias else None, low[2] if bias else None, **numbers)
+    want = F.relu((shift[:, None, None] if bias else 1) * F.conv2d(x, weight) + (shift[:, None, None] if bias else 0))
+    assert_near(out, want.detach(), "relu")
+    assert_near(sums, want.detach().sum(dim=(2, 3)), "sums")
+
+
+def test_auto_takes_it_for_wide_convolutions(leading, monkeypatch):
     called = []
     for name in ("convolve", "convolve_relu", "input_gradient", "weight_gradient"):
         function = getattr(fourier, name)
@@ -125,8 +152,7 @@ def test_auto_takes_it_for_wide_convolutions(monkeypatch):
     assert called == ["convolve", "input_gradient", "weight_gradient", "convolve_relu"]
 
 
-def test_the_article_blocks_run_on_it(monkeypatch):
-    monkeypatch.setattr(fourier, "leads", lambda: True)
+def test_the_article_blocks_run_on_it(leading, monkeypatch):
     called = []
     function = fourier._convolve
     monkeypatch.setattr(fourier, "_convolve", lambda *a, **k: called.append(a[1].shape[2]) or function(*a, **k))

@@ -1,19 +1,22 @@
-"""Convolutions by the kernels of `convolution.c`, those of wide small maps by those of `fourier.c`."""
+"""Convolutions by the kernels of `convolution.c`, and faster ways for wide ones."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from visattn.native import call, fourier
+from visattn.native import call, fourier, leads
+from visattn.native.matrices import multiply
 
 __all__ = ["Geometry", "convolve", "convolve_relu", "input_gradient", "weight_gradient"]
 
 
+LEAST_SIDE = 64  # of both matrices of a 1x1 convolution that is taken from torch
 MOST_STRIDE = 64
 MOST_REACH = 16  # of a kernel, in sides of the map
 
@@ -69,10 +72,18 @@ class Geometry(NamedTuple):
             and len({tensor.dtype for tensor in (x, weight, bias) if tensor is not None}) == 1
         )
 
-    def by_fourier(self, shape: Sequence[int], weight: Tensor) -> bool:
-        """Whether transforms are the fastest way for maps of that shape: see fourier.c."""
-        same = self[:] == (1, weight.shape[2] // 2, 1, 1) and weight.shape[2] % 2 == 1
-        return same and fourier.pays(shape, weight)
+    def wide(self, shape: Sequence[int], weight: Tensor) -> str:
+        """The way that beats torch's convolutions for maps of that shape, one group: "" where there is none.
+
+        A 1x1 convolution is a "product"; others of small maps are faster by "fourier" transforms, see fourier.c.
+        """
+        kernel = weight.shape[2]
+        if self[:] != (1, kernel // 2, 1, 1) or kernel % 2 == 0:
+            return ""
+        if kernel == 1:
+            large = min(math.prod(shape[2:]), *weight.shape[:2]) >= LEAST_SIDE
+            return "product" if leads() and large else ""
+        return "fourier" if fourier.pays(shape, weight) else ""
 
     def sizes(self, shape: torch.Size, weight: Tensor) -> tuple[_Sizes, tuple[int, int, int, int]]:
         """The sizes as C has them, and the shape of the output, for an input of that shape."""
@@ -98,8 +109,11 @@ class Geometry(NamedTuple):
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """`conv2d(x, weight, bias)`."""
-    if geometry.by_fourier(x.shape, weight):
-        return fourier.convolve(x, weight, bias)
+    match geometry.wide(x.shape, weight):
+        case "product":
+            return _of_maps(weight.flatten(1), x, None if bias is None else bias[:, None])
+        case "fourier":
+            return fourier.convolve(x, weight, bias)
     sizes, shape = geometry.sizes(x.shape, weight)
     out, bias = x.new_empty(shape), _whole(bias)
     call("convolve", x.contiguous(), weight.contiguous(), None, bias, out, None, sizes, False, flops=sizes.flops)
@@ -110,8 +124,13 @@ def convolve_relu(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, geometry: Geometry
 ) -> tuple[Tensor, Tensor]:
     """`relu(scale * conv2d(x, weight) + shift)` and the sums of its maps, (B, C)."""
-    if geometry.by_fourier(x.shape, weight):
-        return fourier.convolve_relu(x, weight, scale, shift)
+    match geometry.wide(x.shape, weight):
+        case "product":
+            weight = weight.flatten(1) if scale is None else weight.flatten(1) * scale[:, None]
+            out = _of_maps(weight, x, None if shift is None else shift[:, None]).relu_()
+            return out, out.sum(dim=(2, 3))
+        case "fourier":
+            return fourier.convolve_relu(x, weight, scale, shift)
     sizes, shape = geometry.sizes(x.shape, weight)
     out, sums, scale, shift = x.new_empty(shape), x.new_empty(shape[:2]), _whole(scale), _whole(shift)
     call("convolve", x.contiguous(), weight.contiguous(), scale, shift, out, sums, sizes, True, flops=sizes.flops)
@@ -120,8 +139,11 @@ def convolve_relu(
 
 def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     """The gradient of an input of that shape."""
-    if geometry.by_fourier(shape, weight):
-        return fourier.input_gradient(gradient, weight)
+    match geometry.wide(shape, weight):
+        case "product":
+            return _of_maps(weight.flatten(1).t(), gradient, None)
+        case "fourier":
+            return fourier.input_gradient(gradient, weight)
     sizes, out = geometry.sizes(shape, weight)[0], gradient.new_empty(shape)
     call("convolve_input_gradient", gradient.contiguous(), weight.contiguous(), out, sizes, flops=sizes.flops)
     return out
@@ -129,10 +151,24 @@ def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, geometry
 
 def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of a weight like `weight`."""
-    if geometry.by_fourier(x.shape, weight):
-        return fourier.weight_gradient(x, gradient, weight)
-    sizes, out = geometry.sizes(x.shape, weight)[0], torch.empty_like(weight, memory_format=torch.contiguous_format)
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    match geometry.wide(x.shape, weight):
+        case "product":
+            for i, (of_out, of_in) in enumerate(zip(gradient.flatten(2), x.flatten(2), strict=True)):
+                multiply(of_out, of_in.t(), out=out.flatten(1), add=i > 0)
+            return out
+        case "fourier":
+            return fourier.weight_gradient(x, gradient, weight)
+    sizes = geometry.sizes(x.shape, weight)[0]
     call("convolve_weight_gradient", x.contiguous(), gradient.contiguous(), out, sizes, flops=sizes.flops)
+    return out
+
+
+def _of_maps(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The products of a matrix and each map (C, N)."""
+    out = x.new_empty(x.shape[0], len(matrix), *x.shape[2:])
+    for from_map, to_map in zip(x.flatten(2), out.flatten(2), strict=True):
+        multiply(matrix, from_map, bias=bias, out=to_map)
     return out
 
 

@@ -8,7 +8,7 @@
 typedef struct {
   num rows, columns, deep;
   matrix a, b, out;  // rows of the output lie in one piece
-  const real *bias;  // of columns
+  matrix bias;  // NULL where there is none
   bool add;
   num tall, wide;  // of a step
   loop steps;
@@ -40,9 +40,10 @@ static void rows_of(const product *p, num row, num rows, num column, num columns
       part(part_of(p->out, row + i, column + j), rows - i, columns - j, lying ? a.at + i * a.row : packed + (i - tall) * LINE,
            lying ? a.row : LINE, panels + j * deep, deep, p->add || k > 0);
     }
-  if (p->bias == NULL || k + deep < p->deep) return;
-  for (num i = row; i < row + rows; i++)
-    for (num j = column; j < column + columns; j++) p->out.at[i * p->out.row + j] += p->bias[j];
+  if (p->bias.at == NULL || k + deep < p->deep) return;
+  matrix to = part_of(p->out, row, column), from = part_of(p->bias, row, column);
+  for (num i = 0; i < rows; i++)
+    for (num j = 0; j < columns; j++) to.at[i * to.row + j] += from.at[i * from.row + j * from.column];
 }
 
 static void block(const product *p, num row, num rows, num column, num columns, real *panels, real *packed) {
@@ -77,11 +78,11 @@ static void work(void *data) {
   release(packed);
 }
 
-// out (rows, columns) (+)= a b + bias. strides: of a, b and out, from a row to the next and from a column to the next.
+// out (rows, columns) (+)= a b + bias. strides: of a, b, out and bias, from a row to the next and from a column to the next.
 PUBLIC int NAME(multiply_matrices)(num rows, num columns, num deep, const real *a, const real *b, const real *bias,
                                    real *out, const num *strides, num add, num threads) {
   product p = {rows, columns, deep, {(real *)a, strides[0], strides[1]}, {(real *)b, strides[2], strides[3]},
-               {out, strides[4], strides[5]}, bias, add, rows, columns, {0}};
+               {out, strides[4], strides[5]}, {(real *)bias, strides[6], strides[7]}, add, rows, columns, {0}};
   // Threads share the longer side, so that little is packed twice.
   if (rows > columns)
     p.tall = round_up(ceil_div(rows, threads), TALL);

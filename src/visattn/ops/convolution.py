@@ -205,7 +205,7 @@ def _merged(
 
 
 def best_form(
-    device: str, *, native: bool, size: int, outputs: int, width: int, groups: int, fourier: bool = False
+    device: str, *, native: bool, size: int, outputs: int, width: int, groups: int, wide: bool = False
 ) -> str:
     """The form that "auto" takes, by what measured best on CPUs; on other devices `conv2d` as it is.
 
@@ -216,9 +216,9 @@ def best_form(
         outputs: Output channels of a group.
         width: Input channels of a group.
         groups: Groups.
-        fourier: Whether the kernels would take Fourier transforms, and be faster by them than torch.
+        wide: Whether the kernels have a way for one wide group that is faster than torch.
     """
-    if device != "cpu" or (groups == 1 and not (native and fourier)) or outputs == width == 1:
+    if device != "cpu" or (groups == 1 and not (native and wide)) or outputs == width == 1:
         return "reference"
     if native:
         return "native"
@@ -243,7 +243,7 @@ def _choice(
         outputs=weight.shape[0] // groups,
         width=weight.shape[1],
         groups=groups,
-        fourier=geometry.by_fourier(x.shape, weight),
+        wide=geometry.wide(x.shape, weight) != "",
     )
 
 

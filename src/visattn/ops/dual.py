@@ -31,6 +31,7 @@ from visattn.ops._shared import (
     recording,
     upcast,
 )
+from visattn.ops.convolution import grouped_conv2d
 
 __all__ = [
     "CHANNEL_IMPLEMENTATIONS",
@@ -168,8 +169,9 @@ def _position_residual_plain(
     value: Projection,
     gamma: Tensor,
     attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+    convolve: Callable[..., Tensor] = F.conv2d,
 ) -> Tensor:
-    return gamma * attention(F.conv2d(x, *query), F.conv2d(x, *key), F.conv2d(x, *value)) + x
+    return gamma * attention(convolve(x, *query), convolve(x, *key), convolve(x, *value)) + x
 
 
 @torch.no_grad()
@@ -221,7 +223,7 @@ def _position_residual(x: Tensor, query: Projection, key: Projection, value: Pro
         fast = native.leads() and x.dtype == torch.float32 and query[0].shape == key[0].shape
         run = _position_residual_native if fast else _position_residual_pieces
         return run(x, query, key, value, gamma)
-    return _position_residual_plain(x, query, key, value, gamma, _position)
+    return _position_residual_plain(x, query, key, value, gamma, _position, grouped_conv2d)
 
 
 def position_residual(
