@@ -211,3 +211,12 @@ def test_a_mask_for_more_samples_than_there_are_is_refused():
     for impl in ("pieces", "native"):
         with pytest.raises(ValueError, match="attention_mask must broadcast to the batch, heads, queries and keys"):
             multihead_attention(query, query, query, attention_mask=mask, impl=impl)
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
+def test_large_products_are_taken_where_torch_has_no_longer_vectors(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(native, "available", lambda: True)
+    assert native.leads() == expected
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert not native.leads()

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import visattn
 from visattn import native
-from visattn.native import convolution, fourier
+from visattn.native import fourier
 from visattn.native.convolution import Geometry
 from visattn.ops.convolution import conv2d_relu, grouped_conv2d
 
@@ -89,8 +89,7 @@ def test_any_strides_and_threads():
 @pytest.fixture
 def leading(monkeypatch):
     """On a processor where the kernels' products are taken."""
-    for module in (fourier, convolution):
-        monkeypatch.setattr(module, "leads", lambda: True)
+    monkeypatch.setattr(native, "leads", lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +111,7 @@ def test_where_each_way_is_taken(shape, outputs, kernel, way, leading, monkeypat
     assert Geometry(1, kernel // 2, 1, 1).wide(shape, weight) == way
     for geometry in (Geometry(2, kernel // 2, 1, 1), Geometry(1, kernel // 2 + 1, 1, 1), Geometry(1, kernel, 2, 1)):
         assert geometry.wide(shape, weight) == ""
-    for module in (fourier, convolution):
-        monkeypatch.setattr(module, "leads", lambda: False)
+    monkeypatch.setattr(native, "leads", lambda: False)
     assert Geometry(1, kernel // 2, 1, 1).wide(shape, weight) == ""
 
 

@@ -98,7 +98,8 @@ def test_the_choice_is_what_runs(module, table, call, expected, monkeypatch):
     seen = []
     if expected == "native" and not native.available():
         pytest.skip("there is no C compiler: tests/native checks that there is none")
-    monkeypatch.setattr(native, "available", lambda: expected == "native")
+    for name in ("available", "leads"):
+        monkeypatch.setattr(native, name, lambda: expected == "native")
     for name, function in dict(getattr(module, table)).items():
 
         def spy(*args, name=name, function=function):

@@ -56,7 +56,6 @@ def available() -> bool:
     return _library() is not None
 
 
-@functools.cache
 def leads() -> bool:
     """Whether products of large matrices are worth taking from the kernels, which compute 8 float32 at a time.
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from visattn.native import call, fourier, leads
+from visattn import native
+from visattn.native import call, fourier
 from visattn.native.matrices import multiply
 
 __all__ = ["Geometry", "convolve", "convolve_relu", "input_gradient", "weight_gradient"]
@@ -82,7 +83,7 @@ class Geometry(NamedTuple):
             return ""
         if kernel == 1:
             large = min(math.prod(shape[2:]), *weight.shape[:2]) >= LEAST_SIDE
-            return "product" if leads() and large else ""
+            return "product" if native.leads() and large else ""
         return "fourier" if fourier.pays(shape, weight) else ""
 
     def sizes(self, shape: torch.Size, weight: Tensor) -> tuple[_Sizes, tuple[int, int, int, int]]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visattn.native import call, leads
+from visattn import native
+from visattn.native import call
 
 __all__ = ["convolve", "convolve_relu", "input_gradient", "pays", "weight_gradient", "work"]
 
@@ -73,7 +74,7 @@ def pays(shape: Sequence[int], weight: Tensor) -> bool:
     """
     outputs, inputs, kernel = weight.shape[:3]
     direct = 2 * math.prod(shape) * outputs * kernel**2
-    return leads() and 3 <= kernel <= WIDEST and COST * work(shape, inputs, outputs, kernel) < direct
+    return native.leads() and 3 <= kernel <= WIDEST and COST * work(shape, inputs, outputs, kernel) < direct
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
