@@ -1,0 +1,204 @@
+// The gradient of the weight of a convolution: sums over positions of products of gradients and inputs, T taps of a row
+// of the kernel at a time. Groups of 8 output channels are read position by position, others row by row.
+#include "convolution.h"
+
+#define POSITIONS 1024  // that a sum of the gradient of a weight runs over before the next is begun
+#define AT_ONCE 64      // positions that a sum in registers runs over
+
+// How many output channels are read together.
+static num block_of(num out) { return out % LANES == 0 ? LANES : out % 4 == 0 ? 4 : out % 2 == 0 ? 2 : 1; }
+
+typedef struct {
+  sizes s;
+  const real *x, *gradient;
+  real *d_weight;
+  const tap *taps;
+  layout l;
+  num block;               // output channels read together
+  num samples, band, row;  // in the buffers at one time; and how long a row of gradients is there
+  num parts;               // of the input channels, which threads share
+  ivec inside;             // which numbers of the last vector of a row are in the row
+  loop steps;
+} gradients;
+
+typedef struct {
+  const real *g, *x;
+  num g_map, g_sample, x_map;  // how far apart channels and samples are
+  const tap *taps;
+  num samples, from, to;  // rows
+  real *out;
+  num out_channel, in_channel;
+} tap_product;
+
+// O output channels and T taps of one input channel.
+INLINE void rows_times(const int O, const int T, const gradients *w, const tap_product *p) {
+  vec total[WIDEST];
+  UNROLL for (int i = 0; i < O * T; i++) total[i] = broadcast(0);
+  for (num b = 0; b < p->samples; b++)
+    for (num q = p->from; q < p->to; q++) {
+      const real *x = p->x + b * w->l.channel + q * w->l.row, *g = p->g + b * p->g_sample + q * w->row;
+      for (num v = 0; v < w->row; v += LANES) {
+        vec here[WIDEST];
+        UNROLL for (int t = 0; t < T; t++) here[t] = load(x + p->taps[t].at + v);
+        if (v + LANES > w->s.out_width)  // no infinity from behind the row may meet the zeros there
+          UNROLL for (int t = 0; t < T; t++) here[t] = (vec)((ivec)here[t] & w->inside);
+        UNROLL for (int o = 0; o < O; o++) {
+          vec by = load(g + o * p->g_map + v);
+          UNROLL for (int t = 0; t < T; t++) total[o * T + t] += by * here[t];
+        }
+      }
+    }
+  UNROLL for (int o = 0; o < O; o++)
+    UNROLL for (int t = 0; t < T; t++)
+      p->out[o * p->out_channel + p->taps[t].weight] += horizontal_sum(total[o * T + t]);
+}
+
+// 8 output channels, C input channels and T taps. Sums of sums of some rows: a single one would lose digits.
+INLINE void lanes_times(const int C, const int T, const gradients *w, const tap_product *p) {
+  vec total[WIDEST], part[WIDEST];
+  UNROLL for (int i = 0; i < C * T; i++) total[i] = part[i] = broadcast(0);
+  num at[WIDEST], added_up = 0;
+  UNROLL for (int t = 0; t < T; t++) at[t] = p->taps[t].at;
+  for (num b = 0; b < p->samples; b++)
+    for (num q = p->from; q < p->to; q++) {
+      const real *x = p->x + b * w->l.channel + q * w->l.row, *g = p->g + b * p->g_sample + q * w->row * LANES;
+      for (num j = 0; j < w->row; j++) {
+        vec by = load(g + j * LANES);
+        UNROLL for (int c = 0; c < C; c++)
+          UNROLL for (int t = 0; t < T; t++) part[c * T + t] += by * broadcast(x[c * p->x_map + at[t] + j]);
+      }
+      added_up += w->row;
+      if (added_up < AT_ONCE) continue;
+      added_up = 0;
+      UNROLL for (int i = 0; i < C * T; i++) total[i] += part[i], part[i] = broadcast(0);
+    }
+  for (int o = 0; o < LANES; o++)
+    UNROLL for (int c = 0; c < C; c++)
+      UNROLL for (int t = 0; t < T; t++) {
+        vec all_of_it = total[c * T + t] + part[c * T + t];
+        p->out[o * p->out_channel + c * p->in_channel + p->taps[t].weight] += all_of_it[o];
+      }
+}
+
+// `channels` of the output read row by row, or of the input where 8 of the output lie side by side.
+static void products(num channels, num count, const gradients *w, const tap_product *p) {
+#define CASE(n, t)                     \
+  case n * 16 + t:                     \
+    if (w->block < LANES)              \
+      rows_times(n, t, w, p);          \
+    else                               \
+      lanes_times(n, t, w, p);         \
+    break;
+  switch (channels * 16 + count) {
+    CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8) CASE(1, 9)
+    CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5)
+    CASE(4, 1) CASE(4, 2) CASE(4, 3)
+  }
+#undef CASE
+}
+
+// Rows of gradients of one sample; 8 channels side by side where they are read so.
+static void fill_gradients(const gradients *w, real *gs, num sample, num group, num n, num first, num rows) {
+  const sizes *s = &w->s;
+  num map = s->out_height * s->out_width, g_map = w->samples * w->band * w->row;
+  for (num o = 0; o < s->out; o++) {
+    const real *from = w->gradient + ((sample * s->groups + group) * s->out + o) * map + first * s->out_width;
+    for (num q = 0; q < rows; q++, from += s->out_width) {
+      num at = (n * w->band + q) * w->row;
+      if (w->block < LANES) {
+        copy(gs + o * g_map + at, from, s->out_width);
+      } else if (o % LANES == 0) {
+        real *to = gs + o * g_map + at * LANES;
+        num j = 0;
+        for (; j + LANES <= s->out_width; j += LANES) {
+          vec r[LANES];
+          UNROLL for (int c = 0; c < LANES; c++) r[c] = load(from + c * map + j);
+          transpose(r);
+          UNROLL for (int c = 0; c < LANES; c++) store(to + (j + c) * LANES, r[c]);
+        }
+        for (; j < s->out_width; j++)
+          for (int c = 0; c < LANES; c++) to[j * LANES + c] = from[c * map + j];
+      }
+    }
+  }
+}
+
+// What a piece of rows of some samples adds to the gradient of a part of the input channels.
+static void add_products(const gradients *w, const real *gs, const real *xs, num channels, num samples, num first,
+                         num rows, real *d_weight) {
+  const sizes *s = &w->s;
+  num k = s->kernel, widest = w->block == 4 ? 3 : w->block == 2 ? 5 : 9;
+  tap_product p = {.g_map = w->samples * w->band * w->row, .x_map = w->samples * w->l.channel, .samples = samples,
+               .g_sample = w->band * w->row * (w->block == LANES ? LANES : 1),
+               .out_channel = s->in * k * k, .in_channel = k * k};
+  for (num o = 0; o < s->out; o += w->block)
+    for (num r = 0; r < k; r++) {
+      num up = w->taps[r * k].row, tiles = ceil_div(k, widest);
+      p.from = 0, p.to = rows;
+      while (p.from < p.to && (first + p.from) * s->stride + up < 0) p.from++;
+      while (p.to > p.from && (first + p.to - 1) * s->stride + up >= s->height) p.to--;
+      for (num t = 0; t < tiles; t++) {
+        num t0 = k * t / tiles, taps = k * (t + 1) / tiles - t0, together = 1;
+        for (num c = 0; c < channels; c += together) {
+          p.g = gs + o * p.g_map, p.x = xs + c * p.x_map, p.taps = w->taps + r * k + t0;
+          p.out = d_weight + (o * s->in + c) * k * k;
+          num left = channels - c;
+          if (w->block == LANES) together = taps <= 3 && left >= 4 ? 4 : taps <= 5 && left >= 2 ? 2 : 1;
+          products(w->block == LANES ? together : w->block, taps, w, &p);
+        }
+      }
+    }
+}
+
+static void gradient_steps(void *data) {
+  gradients *w = data;
+  const sizes *s = &w->s;
+  num count = s->kernel * s->kernel, map = s->height * s->width;
+  num x_size = ceil_div(s->in, w->parts) * w->samples * w->l.channel + 2 * LANES;
+  num g_size = s->out * w->samples * w->band * w->row;
+  real *xs = allocate(x_size), *gs = allocate(g_size);
+  if (xs == NULL || gs == NULL) {
+    __atomic_store_n(&w->steps.failed, true, __ATOMIC_RELAXED);
+  } else {
+    memset(xs, 0, sizeof(real) * x_size);
+    memset(gs, 0, sizeof(real) * g_size);
+    for (num i; (i = next_step(&w->steps)) < w->steps.count;) {
+      num group = i / w->parts, c0 = s->in * (i % w->parts) / w->parts, c1 = s->in * (i % w->parts + 1) / w->parts;
+      real *d_weight = w->d_weight + (group * s->out * s->in + c0) * count;
+      for (num o = 0; o < s->out; o++) memset(d_weight + o * s->in * count, 0, sizeof(real) * (c1 - c0) * count);
+      for (num b = 0; b < s->batch; b += w->samples)
+        for (num first = 0; first < s->out_height; first += w->band) {
+          num samples = min(w->samples, s->batch - b), rows = min(w->band, s->out_height - first);
+          for (num n = 0; n < samples; n++) {
+            fill_gradients(w, gs, b + n, group, n, first, rows);
+            for (num c = c0; c < c1; c++)
+              fill(xs + ((c - c0) * w->samples + n) * w->l.channel, &w->l,
+                   w->x + (((b + n) * s->groups + group) * s->in + c) * map, first);
+          }
+          add_products(w, gs, xs, c1 - c0, samples, first, rows, d_weight);
+        }
+    }
+  }
+  release(xs);
+  release(gs);
+}
+
+PUBLIC int NAME(convolve_weight_gradient)(const real *x, const real *gradient, real *d_weight, const sizes *s,
+                                          num threads) {
+  num count = s->kernel * s->kernel;
+  tap *taps = taps_of(s);
+  if (taps == NULL) return 1;
+  gradients w = {.s = *s, .x = x, .gradient = gradient, .d_weight = d_weight, .taps = taps};
+  w.block = block_of(s->out);
+  w.row = w.block == LANES ? s->out_width : ceil_div(s->out_width, LANES) * LANES;
+  num positions = w.block == LANES ? POSITIONS : LANES * POSITIONS;  // a lane of a row has an eighth of them
+  w.samples = max(1, min(s->batch, POSITIONS / (s->out_height * w.row)));
+  w.band = max(1, min(s->out_height, positions / w.row));
+  w.parts = min(s->in, ceil_div(4 * threads, s->groups));
+  for (int i = 0; i < LANES; i++) w.inside[i] = w.row - LANES + i < s->out_width ? -1 : 0;
+  w.steps.count = s->groups * w.parts;
+  w.l = lay_out(taps, count, s->stride, s->height, s->width, w.band, s->out_width);
+  GOMP_parallel(gradient_steps, &w, min(threads, w.steps.count), 0);
+  free(taps);
+  return w.steps.failed;
+}
