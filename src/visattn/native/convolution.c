@@ -60,7 +60,7 @@ INLINE void rows_of(const int O, const int V, const sum *s, num last, num valid,
 
 // As many output channels at the positions of a row.
 static void rows(const int O, num columns, sum s) {
-  num units = ceil_div(columns, LANES), tiles = ceil_div(units, WIDEST / O), valid = min(columns, LANES);
+  num units = ceil_div(columns, LANES), tiles = ceil_div(units, O == 1 ? WIDEST : O == 2 ? 5 : 3), valid = min(columns, LANES);
   const real *x = s.x;
   real *out = s.out;
   ivec all = {0}, some;
@@ -77,7 +77,7 @@ static void rows(const int O, num columns, sum s) {
     switch (O * 16 + many) {
       CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8)
       CASE(1, 9) CASE(1, 10) CASE(1, 11) CASE(1, 12)
-      CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5) CASE(2, 6)
+      CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5)
       CASE(4, 1) CASE(4, 2) CASE(4, 3)
     }
 #undef CASE
@@ -252,6 +252,7 @@ static void convolve_steps(void *data) {
   release(side_by_side);
 }
 
+// How many output channels are computed together.
 static num block_of(num out) {
   return out % (2 * LANES) == 0 ? 2 * LANES : out % LANES == 0 ? LANES : out % 4 == 0 ? 4 : out % 2 == 0 ? 2 : 1;
 }

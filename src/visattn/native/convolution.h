@@ -72,13 +72,14 @@ INLINE void copy(real *to, const real *from, num count) {
 }
 
 INLINE void split_in_two(real *even, real *odd, const real *from, num count) {
-  num j = 0;
-  for (; 2 * j + 2 * LANES <= count; j += LANES) {
-    vec a = load(from + 2 * j), b = load(from + 2 * j + LANES);
-    store(even + j, SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
-    store(odd + j, SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
+  num whole = count >= LANES ? count / 2 * 2 : 0;
+  for (num j = 0; j < whole; j += LANES) {
+    j = min(j, whole - LANES);  // the last piece ends with the row
+    vec a = load(from + j), parted = SHUFFLE(a, a, 0, 2, 4, 6, 1, 3, 5, 7);
+    memcpy(even + j / 2, &parted, sizeof(parted) / 2);
+    memcpy(odd + j / 2, (real *)&parted + LANES / 2, sizeof(parted) / 2);
   }
-  for (; j < count / 2; j++) even[j] = from[2 * j], odd[j] = from[2 * j + 1];
+  for (num j = whole; j + 1 < count; j += 2) even[j / 2] = from[j], odd[j / 2] = from[j + 1];
   if (count % 2) even[count / 2] = from[count - 1];
 }
 
