@@ -6,7 +6,9 @@
 #define AT_ONCE 64      // positions that a sum in registers runs over
 
 // How many output channels are read together.
-static num block_of(num out) { return out % LANES == 0 ? LANES : out % 4 == 0 ? 4 : out % 2 == 0 ? 2 : 1; }
+static num block_of(num out) {
+  return out % (2 * LANES) == 0 ? 2 * LANES : out % LANES == 0 ? LANES : out % 4 == 0 ? 4 : out % 2 == 0 ? 2 : 1;
+}
 
 typedef struct {
   sizes s;
@@ -18,6 +20,7 @@ typedef struct {
   num samples, band, row;  // in the buffers at one time; and how long a row of gradients is there
   num parts;               // of the input channels, which threads share
   ivec inside;             // which numbers of the last vector of a row are in the row
+  uint32_t *x_at;          // where positions are in the buffer, if they are read one by one
   loop steps;
 } gradients;
 
@@ -30,16 +33,21 @@ typedef struct {
   num out_channel, in_channel;
 } tap_product;
 
+// Where the input of tap t is, from that of the first: `step` apart, or as the taps say.
+#define BESIDE(t) (step ? (t) * step : p->taps[t].at - p->taps[0].at)
+
 // O output channels and T taps of one input channel.
-INLINE void rows_times(const int O, const int T, const gradients *w, const tap_product *p) {
+INLINE void rows_times(const int O, const int T, const int step, const gradients *w, const tap_product *p) {
   vec total[WIDEST];
+  num at[WIDEST];
   UNROLL for (int i = 0; i < O * T; i++) total[i] = broadcast(0);
+  UNROLL for (int t = 0; t < T; t++) at[t] = BESIDE(t);
   for (num b = 0; b < p->samples; b++)
     for (num q = p->from; q < p->to; q++) {
-      const real *x = p->x + b * w->l.channel + q * w->l.row, *g = p->g + b * p->g_sample + q * w->row;
+      const real *x = p->x + b * w->l.channel + q * w->l.row + p->taps[0].at, *g = p->g + b * p->g_sample + q * w->row;
       for (num v = 0; v < w->row; v += LANES) {
         vec here[WIDEST];
-        UNROLL for (int t = 0; t < T; t++) here[t] = load(x + p->taps[t].at + v);
+        UNROLL for (int t = 0; t < T; t++) here[t] = load(x + at[t] + v);
         if (v + LANES > w->s.out_width)  // no infinity from behind the row may meet the zeros there
           UNROLL for (int t = 0; t < T; t++) here[t] = (vec)((ivec)here[t] & w->inside);
         UNROLL for (int o = 0; o < O; o++) {
@@ -53,48 +61,69 @@ INLINE void rows_times(const int O, const int T, const gradients *w, const tap_p
       p->out[o * p->out_channel + p->taps[t].weight] += horizontal_sum(total[o * T + t]);
 }
 
-// 8 output channels, C input channels and T taps. Sums of sums of some rows: a single one would lose digits.
-INLINE void lanes_times(const int C, const int T, const gradients *w, const tap_product *p) {
+// L vectors of output channels, C input channels and T taps. Sums of sums: a single one would lose digits.
+INLINE void lanes_times(const int L, const int C, const int T, const int step, const gradients *w,
+                        const tap_product *p) {
   vec total[WIDEST], part[WIDEST];
-  UNROLL for (int i = 0; i < C * T; i++) total[i] = part[i] = broadcast(0);
-  num at[WIDEST], added_up = 0;
-  UNROLL for (int t = 0; t < T; t++) at[t] = p->taps[t].at;
-  for (num b = 0; b < p->samples; b++)
-    for (num q = p->from; q < p->to; q++) {
-      const real *x = p->x + b * w->l.channel + q * w->l.row, *g = p->g + b * p->g_sample + q * w->row * LANES;
-      for (num j = 0; j < w->row; j++) {
-        vec by = load(g + j * LANES);
+  num at[WIDEST];
+  UNROLL for (int i = 0; i < L * C * T; i++) total[i] = broadcast(0);
+  UNROLL for (int t = 0; t < T; t++) at[t] = BESIDE(t);
+  for (num b = 0; b < p->samples; b++) {
+    const real *xs = p->x + b * w->l.channel + p->taps[0].at, *g = p->g + b * p->g_sample;
+    num i = p->from * w->row, end = p->to * w->row;
+    g += i * L * LANES;
+    while (i < end) {
+      UNROLL for (int k = 0; k < L * C * T; k++) part[k] = broadcast(0);
+      for (num stop = min(i + AT_ONCE, end); i < stop; i++, g += L * LANES) {
+        const real *x = xs + w->x_at[i];
+        vec by[2];
+        UNROLL for (int l = 0; l < L; l++) by[l] = load(g + l * LANES);
         UNROLL for (int c = 0; c < C; c++)
-          UNROLL for (int t = 0; t < T; t++) part[c * T + t] += by * broadcast(x[c * p->x_map + at[t] + j]);
+          UNROLL for (int t = 0; t < T; t++) {
+            vec here = broadcast(x[c * p->x_map + at[t]]);
+            UNROLL for (int l = 0; l < L; l++) part[(c * T + t) * L + l] += by[l] * here;
+          }
       }
-      added_up += w->row;
-      if (added_up < AT_ONCE) continue;
-      added_up = 0;
-      UNROLL for (int i = 0; i < C * T; i++) total[i] += part[i], part[i] = broadcast(0);
+      UNROLL for (int k = 0; k < L * C * T; k++) total[k] += part[k];
     }
+  }
   for (int o = 0; o < LANES; o++)
     UNROLL for (int c = 0; c < C; c++)
-      UNROLL for (int t = 0; t < T; t++) {
-        vec all_of_it = total[c * T + t] + part[c * T + t];
-        p->out[o * p->out_channel + c * p->in_channel + p->taps[t].weight] += all_of_it[o];
-      }
+      UNROLL for (int t = 0; t < T; t++)
+        UNROLL for (int l = 0; l < L; l++)
+          p->out[(l * LANES + o) * p->out_channel + c * p->in_channel + p->taps[t].weight] +=
+              total[(c * T + t) * L + l][o];
 }
 
-// `channels` of the output read row by row, or of the input where 8 of the output lie side by side.
-static void products(num channels, num count, const gradients *w, const tap_product *p) {
-#define CASE(n, t)                     \
-  case n * 16 + t:                     \
-    if (w->block < LANES)              \
-      rows_times(n, t, w, p);          \
-    else                               \
-      lanes_times(n, t, w, p);         \
-    break;
-  switch (channels * 16 + count) {
-    CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8) CASE(1, 9)
-    CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5)
-    CASE(4, 1) CASE(4, 2) CASE(4, 3)
+// `channels` of the output read row by row, or of the input where those of the output lie side by side.
+INLINE void products_at(const int step, num channels, num count, const gradients *w, const tap_product *p) {
+#define ROWS(n, t) \
+  case n * 16 + t: rows_times(n, t, step, w, p); break;
+#define SIDE(l, n, t) \
+  case (l * 16 + n) * 16 + t: lanes_times(l, n, t, step, w, p); break;
+  num lanes = w->block / LANES;
+  switch ((lanes * 16 + channels) * 16 + count) {
+    ROWS(1, 1) ROWS(1, 2) ROWS(1, 3) ROWS(1, 4) ROWS(1, 5) ROWS(1, 6) ROWS(1, 7) ROWS(1, 8) ROWS(1, 9)
+    ROWS(2, 1) ROWS(2, 2) ROWS(2, 3) ROWS(2, 4) ROWS(2, 5)
+    ROWS(4, 1) ROWS(4, 2) ROWS(4, 3)
+    SIDE(1, 1, 1) SIDE(1, 1, 2) SIDE(1, 1, 3) SIDE(1, 1, 4) SIDE(1, 1, 5) SIDE(1, 1, 6) SIDE(1, 1, 7) SIDE(1, 1, 8)
+    SIDE(1, 1, 9) SIDE(1, 2, 1) SIDE(1, 2, 2) SIDE(1, 2, 3) SIDE(1, 2, 4) SIDE(1, 2, 5)
+    SIDE(1, 4, 1) SIDE(1, 4, 2) SIDE(1, 4, 3)
+    SIDE(2, 1, 1) SIDE(2, 1, 2) SIDE(2, 1, 3) SIDE(2, 1, 4) SIDE(2, 1, 5) SIDE(2, 2, 1) SIDE(2, 2, 2) SIDE(2, 2, 3)
   }
-#undef CASE
+#undef ROWS
+#undef SIDE
+}
+
+static void products(num channels, num count, const gradients *w, const tap_product *p) {
+  num step = count > 1 ? p->taps[1].at - p->taps[0].at : 1;
+  for (num t = 2; t < count; t++)
+    if (p->taps[t].at - p->taps[0].at != t * step) step = 0;
+  switch (step) {
+    case 1: products_at(1, channels, count, w, p); break;
+    case 2: products_at(2, channels, count, w, p); break;
+    default: products_at(0, channels, count, w, p);
+  }
 }
 
 // Rows of gradients of one sample; 8 channels side by side where they are read so.
@@ -108,16 +137,17 @@ static void fill_gradients(const gradients *w, real *gs, num sample, num group, 
       if (w->block < LANES) {
         copy(gs + o * g_map + at, from, s->out_width);
       } else if (o % LANES == 0) {
-        real *to = gs + o * g_map + at * LANES;
+        num block = w->block;
+        real *to = gs + o / block * block * g_map + at * block + o % block;
         num j = 0;
         for (; j + LANES <= s->out_width; j += LANES) {
           vec r[LANES];
           UNROLL for (int c = 0; c < LANES; c++) r[c] = load(from + c * map + j);
           transpose(r);
-          UNROLL for (int c = 0; c < LANES; c++) store(to + (j + c) * LANES, r[c]);
+          UNROLL for (int c = 0; c < LANES; c++) store(to + (j + c) * block, r[c]);
         }
         for (; j < s->out_width; j++)
-          for (int c = 0; c < LANES; c++) to[j * LANES + c] = from[c * map + j];
+          for (int c = 0; c < LANES; c++) to[j * block + c] = from[c * map + j];
       }
     }
   }
@@ -127,9 +157,9 @@ static void fill_gradients(const gradients *w, real *gs, num sample, num group, 
 static void add_products(const gradients *w, const real *gs, const real *xs, num channels, num samples, num first,
                          num rows, real *d_weight) {
   const sizes *s = &w->s;
-  num k = s->kernel, widest = w->block == 4 ? 3 : w->block == 2 ? 5 : 9;
+  num k = s->kernel, widest = w->block == 4 ? 3 : w->block == 2 ? 5 : w->block > LANES ? (k % 5 ? 4 : 5) : 9;
   tap_product p = {.g_map = w->samples * w->band * w->row, .x_map = w->samples * w->l.channel, .samples = samples,
-               .g_sample = w->band * w->row * (w->block == LANES ? LANES : 1),
+               .g_sample = w->band * w->row * (w->block < LANES ? 1 : w->block),
                .out_channel = s->in * k * k, .in_channel = k * k};
   for (num o = 0; o < s->out; o += w->block)
     for (num r = 0; r < k; r++) {
@@ -144,7 +174,8 @@ static void add_products(const gradients *w, const real *gs, const real *xs, num
           p.out = d_weight + (o * s->in + c) * k * k;
           num left = channels - c;
           if (w->block == LANES) together = taps <= 3 && left >= 4 ? 4 : taps <= 5 && left >= 2 ? 2 : 1;
-          products(w->block == LANES ? together : w->block, taps, w, &p);
+          if (w->block > LANES) together = taps <= 3 && left >= 2 ? 2 : 1;
+          products(w->block >= LANES ? together : w->block, taps, w, &p);
         }
       }
     }
@@ -190,15 +221,20 @@ PUBLIC int NAME(convolve_weight_gradient)(const real *x, const real *gradient, r
   if (taps == NULL) return 1;
   gradients w = {.s = *s, .x = x, .gradient = gradient, .d_weight = d_weight, .taps = taps};
   w.block = block_of(s->out);
-  w.row = w.block == LANES ? s->out_width : ceil_div(s->out_width, LANES) * LANES;
-  num positions = w.block == LANES ? POSITIONS : LANES * POSITIONS;  // a lane of a row has an eighth of them
+  w.row = w.block >= LANES ? s->out_width : ceil_div(s->out_width, LANES) * LANES;
+  num positions = w.block >= LANES ? POSITIONS : LANES * POSITIONS;  // a lane of a row has an eighth of them
   w.samples = max(1, min(s->batch, POSITIONS / (s->out_height * w.row)));
   w.band = max(1, min(s->out_height, positions / w.row));
   w.parts = min(s->in, ceil_div(4 * threads, s->groups));
   for (int i = 0; i < LANES; i++) w.inside[i] = w.row - LANES + i < s->out_width ? -1 : 0;
   w.steps.count = s->groups * w.parts;
   w.l = lay_out(taps, count, s->stride, s->height, s->width, w.band, s->out_width);
-  GOMP_parallel(gradient_steps, &w, min(threads, w.steps.count), 0);
+  num many = w.block >= LANES ? w.band * w.row : 0;
+  w.x_at = malloc(sizeof(uint32_t) * (many + 1));
+  w.steps.failed = w.x_at == NULL || w.samples * w.l.channel > UINT32_MAX;
+  for (num i = 0; !w.steps.failed && i < many; i++) w.x_at[i] = i / w.row * w.l.row + i % w.row;
+  if (!w.steps.failed) GOMP_parallel(gradient_steps, &w, min(threads, w.steps.count), 0);
+  free(w.x_at);
   free(taps);
   return w.steps.failed;
 }
