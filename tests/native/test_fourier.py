@@ -98,7 +98,8 @@ def leading(monkeypatch):
         ((8, 256, 14, 14), 256, 7, "fourier"),
         ((8, 256, 14, 14), 256, 3, "fourier"),
         ((32, 512, 7, 7), 512, 3, "fourier"),
-        ((8, 64, 56, 56), 16, 3, ""),  # few outputs: transforms of the input would cost too much
+        ((8, 64, 56, 56), 16, 3, "direct"),  # few outputs: transforms of the input would cost too much
+        ((8, 512, 7, 7), 128, 3, ""),
         ((1, 512, 7, 7), 512, 3, ""),  # few positions: so would those of the weight
         ((8, 256, 14, 14), 256, 11, ""),
         ((8, 256, 14, 14), 256, 1, "product"),

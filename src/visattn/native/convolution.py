@@ -18,6 +18,7 @@ __all__ = ["Geometry", "convolve", "convolve_relu", "input_gradient", "weight_gr
 
 
 LEAST_SIDE = 64  # of both matrices of a 1x1 convolution that is taken from torch
+MOST_WIDTH = 256  # channels of a dense 3x3 convolution that is taken from torch, to a quarter of them
 MOST_STRIDE = 64
 MOST_REACH = 16  # of a kernel, in sides of the map
 
@@ -76,15 +77,17 @@ class Geometry(NamedTuple):
     def wide(self, shape: Sequence[int], weight: Tensor) -> str:
         """The way that beats torch's convolutions for maps of that shape, one group: "" where there is none.
 
-        A 1x1 convolution is a "product"; others of small maps are faster by "fourier" transforms, see fourier.c.
+        A 1x1 convolution is a "product"; others of small maps are faster by "fourier" transforms, see fourier.c; the
+        "direct" sums are where there is little to share, as in pyramid squeeze.
         """
-        kernel = weight.shape[2]
-        if self[:] != (1, kernel // 2, 1, 1) or kernel % 2 == 0:
+        outputs, width, kernel = weight.shape[:3]
+        if not native.leads() or self[:] != (1, kernel // 2, 1, 1) or kernel % 2 == 0:
             return ""
         if kernel == 1:
-            large = min(math.prod(shape[2:]), *weight.shape[:2]) >= LEAST_SIDE
-            return "product" if native.leads() and large else ""
-        return "fourier" if fourier.pays(shape, weight) else ""
+            return "product" if min(math.prod(shape[2:]), outputs, width) >= LEAST_SIDE else ""
+        if fourier.pays(shape, weight):
+            return "fourier"
+        return "direct" if kernel == 3 and width <= MOST_WIDTH and outputs <= MOST_WIDTH // 4 else ""
 
     def sizes(self, shape: torch.Size, weight: Tensor) -> tuple[_Sizes, tuple[int, int, int, int]]:
         """The sizes as C has them, and the shape of the output, for an input of that shape."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visattn import native
 from visattn.native import call
 
 __all__ = ["convolve", "convolve_relu", "input_gradient", "pays", "weight_gradient", "work"]
@@ -68,13 +67,10 @@ def work(shape: Sequence[int], inputs: int, outputs: int, kernel: int) -> int:
 
 
 def pays(shape: Sequence[int], weight: Tensor) -> bool:
-    """Whether this is faster than a direct convolution of maps of that shape, padded to keep their size.
-
-    Not where torch computes with longer vectors than these kernels do.
-    """
+    """Whether this is faster than a direct convolution of maps of that shape, padded to keep their size."""
     outputs, inputs, kernel = weight.shape[:3]
     direct = 2 * math.prod(shape) * outputs * kernel**2
-    return native.leads() and 3 <= kernel <= WIDEST and COST * work(shape, inputs, outputs, kernel) < direct
+    return 3 <= kernel <= WIDEST and COST * work(shape, inputs, outputs, kernel) < direct
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
