@@ -1,164 +1,15 @@
-// Softmax attention and its gradients. Some rows of the matrix exist at a time: all their scores, so that the softmax
-// is the plain one, few enough to stay in a core's cache. Products are of packed panels, 6 x 16 numbers in registers.
+// Softmax attention and its gradients. Scores exist for a block of queries and of keys at a time, in a core's cache: a
+// row's maximum and sum are carried from one block of keys to the next.
 //
 // Names: a score belongs to a query (its row) and a key. `width` numbers make a query or key, `values` a value.
 
-#include <math.h>
-
 #include "common.h"
+#include "softmax.h"
+#include "tiles.h"
 
-#define TALL 6            // rows of a tile
-#define WIDE (2 * LANES)  // its columns, and those of a panel
-#define DEEP 256          // of a product's sum at one time: such a part of a panel stays in the first cache
-#define SCORES 49152      // of a block of rows: in the second cache, beside panels
-#define ROWS 96           // of a block at most,
-#define FEWEST 48         // and at least
-#define GROUP 24          // columns of a gathered product at one time: with 16 of the scores, in the first cache
-#define PANELS 8          // of keys, that a thread takes together
-#define PIECE 96          // about so many rows whose scores are kept until they enter the gradients of keys and values
-
-typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-
-INLINE num round_up(num x, num step) { return ceil_div(x, step) * step; }
-
-// ---- copies --------------------------------------------------------------------------------------------------------
-
-// A matrix in memory: where its first number is, and how far apart rows and columns are.
-typedef struct {
-  real *at;
-  num row, column;
-} matrix;
-
-INLINE matrix flipped(matrix x) { return (matrix){x.at, x.column, x.row}; }
-
-// to = factor * from, of whatever layout.
-static void copy(matrix to, matrix from, num rows, num columns, real factor) {
-  if (from.row == 1 && from.column != 1) {
-    to = flipped(to);
-    from = flipped(from);
-    num swap = rows;
-    rows = columns;
-    columns = swap;
-  }
-  num row = 0, wide = columns - columns % LANES;
-  if (from.column == 1 && to.column == 1) {
-    for (; row < rows; row++) {
-      real *into = to.at + row * to.row;
-      const real *x = from.at + row * from.row;
-      for (num i = 0; i < wide; i += LANES) store(into + i, factor * load(x + i));
-      for (num i = wide; i < columns; i++) into[i] = factor * x[i];
-    }
-  } else if (from.column == 1 && to.row == 1) {
-    for (; row + LANES <= rows; row += LANES) {
-      const real *x = from.at + row * from.row;
-      real *into = to.at + row;
-      for (num i = 0; i < wide; i += LANES) {
-        vec part[8];
-        UNROLL for (int j = 0; j < 8; j++) part[j] = factor * load(x + j * from.row + i);
-        transpose(part);
-        UNROLL for (int j = 0; j < 8; j++) store(into + (i + j) * to.column, part[j]);
-      }
-      for (num i = wide; i < columns; i++)
-        for (num j = 0; j < LANES; j++) into[i * to.column + j] = factor * x[j * from.row + i];
-    }
-  }
-  for (; row < rows; row++)
-    for (num i = 0; i < columns; i++)
-      to.at[row * to.row + i * to.column] = factor * from.at[row * from.row + i * from.column];
-}
-
-// Panel of 16 rows of a matrix: panel[column][16], zero where there are fewer rows.
-static void pack(real *panel, matrix from, num rows, num columns) {
-  if (rows < WIDE) memset(panel, 0, sizeof(real) * (size_t)(WIDE * columns));
-  copy((matrix){panel, 1, WIDE}, from, min(rows, WIDE), columns, 1);
-}
-
-// Rows one after the other, `line` numbers apart: up to whole tiles of zeros.
-static void pack_rows(real *to, num line, matrix from, num rows, num columns, real factor) {
-  for (num row = 0; row < rows; row++) memset(to + row * line + columns, 0, sizeof(real) * (size_t)((line - columns)));
-  memset(to + rows * line, 0, sizeof(real) * (size_t)(line * (round_up(rows, TALL) - rows)));
-  copy((matrix){to, line, 1}, from, rows, columns, factor);
-}
-
-// ---- products ------------------------------------------------------------------------------------------------------
-
-// 6 x 16 numbers of c (+)= a b.
-INLINE void tile(real *c, num c_row, const real *a, num a_row, num a_deep, const real *b, num b_deep, num deep,
-                 bool add) {
-  vec sum[TALL][2];
-  UNROLL for (int i = 0; i < TALL; i++) {
-    sum[i][0] = sum[i][1] = broadcast(0);
-    __builtin_prefetch(c + i * c_row, 1);
-  }
-  for (num k = 0; k < deep; k++) {
-    vec left = load(b + k * b_deep), right = load(b + k * b_deep + LANES);
-    UNROLL for (int i = 0; i < TALL; i++) {
-      vec x = broadcast(a[i * a_row + k * a_deep]);
-      sum[i][0] += x * left;
-      sum[i][1] += x * right;
-    }
-  }
-  if (add) {
-    UNROLL for (int i = 0; i < TALL; i++) {
-      sum[i][0] += load(c + i * c_row);
-      sum[i][1] += load(c + i * c_row + LANES);
-    }
-  }
-  UNROLL for (int i = 0; i < TALL; i++) {
-    store(c + i * c_row, sum[i][0]);
-    store(c + i * c_row + LANES, sum[i][1]);
-  }
-}
-
-// c = a b: rows of a one after the other, b in panels.
-static void multiply(real *c, num c_row, const real *a, num a_row, const real *b, num rows, num panels, num deep) {
-  num step = ceil_div(deep, ceil_div(deep, DEEP));
-  for (num from = 0; from < deep; from += step) {
-    num part = min(step, deep - from);
-    for (num panel = 0; panel < panels; panel++)
-      for (num row = 0; row < rows; row += TALL)
-        tile(c + row * c_row + panel * WIDE, c_row, a + row * a_row + from, a_row, 1, b + (panel * deep + from) * WIDE,
-             WIDE, part, from > 0);
-  }
-}
-
-// c (+)= a^T b: sums over rows. c in panels of so many lines of 16, b in columns.
-static void multiply_transposed(real *c, num lines, const real *a, num a_row, const real *b, num b_row, num rows,
-                                num columns, num panels, bool add) {
-  for (num group = 0; group < columns; group += GROUP)
-    for (num panel = 0; panel < panels; panel++)
-      for (num column = group; column < min(columns, group + GROUP); column += TALL)
-        tile(c + (panel * lines + column) * WIDE, WIDE, a + column, 1, a_row, b + panel * WIDE, b_row, rows, add);
-}
-
-// ---- softmax -------------------------------------------------------------------------------------------------------
-
-INLINE vec choose(ivec which, vec yes, vec no) { return (vec)((which & (ivec)yes) | (~which & (ivec)no)); }
-INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
-
-// exp of x <= 0 to about one unit in the last place; what float32 holds only denormalised is zero. NaN stays.
-#ifdef DOUBLE
-INLINE vec exponential(vec x) {
-  for (int i = 0; i < LANES; i++) x[i] = exp(x[i]);
-  return x;
-}
-#else
-INLINE vec exponential(vec x) {
-  vec shifted = x * broadcast(1.44269504f) + broadcast(12582912.f);  // whole powers of two are the last digits now
-  vec power = shifted - broadcast(12582912.f);
-  vec r = x - power * broadcast(0.693147182f);  // in one step with the product: ln 2 is split for that
-  r = r + power * broadcast(1.90465421e-9f);
-  vec p = broadcast(0.00139402284f);
-  p = p * r + broadcast(0.00836650189f);
-  p = p * r + broadcast(0.0416663662f);
-  p = p * r + broadcast(0.166665435f);
-  p = p * r + broadcast(0.5f);
-  vec y = (p * r) * r + r + broadcast(1.f);
-  y *= (vec)(((ivec)shifted << 23) + 0x3f800000);
-  return (vec)((ivec)y & ~(x < broadcast(-87.3f)));
-}
-#endif
-
+#define KEYS 240   // of a block: whole tiles and panels, and no more than a tile sums up at one time
+#define ROWS 104   // of a block at most
+#define PIECE 192  // about so many rows whose scores are kept until they enter the gradients of keys and values
 
 typedef struct {
   const void *at;  // NULL where there is none
@@ -171,69 +22,15 @@ typedef struct {
   array d_query, d_key, d_value;
   real scale;
   num threads;
-  num key_panels, line;          // panels of keys; numbers from a row of scores to the next
-  num value_line, width_line;    // the same of rows of values, of queries
-  num value_lines, width_lines;  // of the panels of their gradients
-  num rows, piece;               // of a block; of the blocks that are at hand at one time
-  bool maps;                     // keys and values lie as channels of positions, and are read so
+  num key_panels, key_blocks, block, line;  // panels and blocks of keys; of a block; from a row of its scores to the next
+  num value_line, width_line;               // the same of rows of values, of queries
+  num value_wide, width_wide;               // their length in whole panels
+  num rows, piece;                          // of a block; of the blocks that are at hand at one time
+  bool maps;                                // keys and values lie as channels of positions, and are read so
 } problem;
 
 INLINE matrix head_of(array x, num sample, num head, num row) {
   return (matrix){(real *)x.at + sample * x.sample + head * x.head + row * x.row, x.row, x.column};
-}
-
-// Scores of a row are multiplied and masked, and become exp(score - maximum), zero beyond the last key. Returns what
-// makes them probabilities: 1 / sum.
-static real softmax(const problem *p, real *row, const real *weight, const uint8_t *mask) {
-  num keys = p->keys, whole = round_up(keys, LANES);
-  bool empty = mask != NULL;
-  if (weight != NULL) {
-    num step = p->weights.column, i = 0;
-    if (step == 1)
-      for (; i + LANES <= keys; i += LANES) store(row + i, load(row + i) * load(weight + i));
-    for (; i < keys; i++) row[i] *= weight[i * step];
-  }
-  if (mask != NULL) {
-    num step = p->mask.column, i = 0;
-    ivec kept = (ivec){0};
-    if (step == 1)
-      for (; i + LANES <= keys; i += LANES) {
-        ivec seen = __builtin_convertvector(*(const bytes *)(mask + i), ivec) == 0;
-        kept |= seen;
-        store(row + i, choose(seen, load(row + i), broadcast(-INFINITY)));
-      }
-    for (int j = 0; j < LANES; j++) empty &= kept[j] == 0;
-    for (; i < keys; i++) {
-      empty &= mask[i * step] != 0;
-      if (mask[i * step]) row[i] = -INFINITY;
-    }
-  }
-  if (empty) {
-    memset(row, 0, sizeof(real) * (size_t)(p->line));
-    return 1;
-  }
-  for (num i = keys; i < whole; i++) row[i] = -INFINITY;
-  vec high[4] = {broadcast(-INFINITY), broadcast(-INFINITY), broadcast(-INFINITY), broadcast(-INFINITY)};
-  num i = 0;
-  for (; i + 4 * LANES <= whole; i += 4 * LANES)
-    UNROLL for (int j = 0; j < 4; j++) high[j] = larger(load(row + i + j * LANES), high[j]);
-  for (; i < whole; i += LANES) high[0] = larger(load(row + i), high[0]);
-  vec most_of = larger(larger(high[0], high[1]), larger(high[2], high[3]));
-  real maximum = most_of[0];
-  for (int j = 1; j < LANES; j++) maximum = most_of[j] > maximum ? most_of[j] : maximum;
-  vec sum[2] = {broadcast(0), broadcast(0)};
-  for (i = 0; i + 2 * LANES <= whole; i += 2 * LANES)
-    UNROLL for (int j = 0; j < 2; j++) {
-      vec e = exponential(load(row + i + j * LANES) - maximum);
-      store(row + i + j * LANES, e);
-      sum[j] += e;
-    }
-  for (; i < whole; i += LANES) {
-    vec e = exponential(load(row + i) - maximum);
-    store(row + i, e);
-    sum[0] += e;
-  }
-  return 1 / horizontal_sum(sum[0] + sum[1]);
 }
 
 // Softmax down the columns of a panel.
@@ -245,7 +42,8 @@ static void softmax_columns(real *scores, num keys) {
     vec part[2] = {broadcast(0), broadcast(0)};
     for (num key = from; key < min(keys, from + DEEP); key++)
       UNROLL for (int j = 0; j < 2; j++) {
-        vec e = exponential(load(scores + key * WIDE + j * LANES) - high[j]);
+        vec e = load(scores + key * WIDE + j * LANES) - high[j];
+        exponentials(&e, 1);
         store(scores + key * WIDE + j * LANES, e);
         part[j] += e;
       }
@@ -255,28 +53,6 @@ static void softmax_columns(real *scores, num keys) {
   for (num key = 0; key < keys; key++)
     UNROLL for (int j = 0; j < 2; j++)
       store(scores + key * WIDE + j * LANES, load(scores + key * WIDE + j * LANES) * sum[j]);
-}
-
-// Gradient of a row of scores from that of its probabilities; `row` becomes the probabilities.
-static void softmax_backward(const problem *p, real *row, real *gradient, real inverse_sum, const real *weight) {
-  num whole = round_up(p->keys, LANES), i = 0;
-  vec sum[4] = {broadcast(0), broadcast(0), broadcast(0), broadcast(0)};
-  for (; i + 4 * LANES <= whole; i += 4 * LANES)
-    UNROLL for (int j = 0; j < 4; j++) sum[j] += load(row + i + j * LANES) * load(gradient + i + j * LANES);
-  for (; i < whole; i += LANES) sum[0] += load(row + i) * load(gradient + i);
-  vec mean = broadcast(inverse_sum * horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3])));
-  for (i = 0; i < whole; i += LANES) {
-    vec x = load(row + i) * inverse_sum;
-    store(row + i, x);
-    store(gradient + i, x * (load(gradient + i) - mean));
-  }
-  if (weight != NULL) {
-    num step = p->weights.column;
-    i = 0;
-    if (step == 1)
-      for (; i + LANES <= p->keys; i += LANES) store(gradient + i, load(gradient + i) * load(weight + i));
-    for (; i < p->keys; i++) gradient[i] *= weight[i * step];
-  }
 }
 
 // ---- one head ------------------------------------------------------------------------------------------------------
@@ -289,10 +65,12 @@ typedef struct {
   real *keys_deep;              // panels of keys, for scores
   real *keys_wide;              // panels of their width, for gradients of queries
   real *values;                 // panels of their width in the forward pass, of keys in the backward pass
-  real *d_keys, *d_values;      // panels of keys
-  real *scores, *gradients;     // rows of scores: of a block for each thread forward, of a piece backward
+  real *d_keys, *d_values;      // rows
+  real *scores, *gradients;     // of a block for each thread forward; of blocks of keys, with a piece's rows, backward
+  real *factors;                // of each of those rows in each block, what makes exponentials probabilities
+  real *means;                  // of each of those rows, of the gradients of its probabilities
   real *queries, *outs, *rest;  // of those rows: queries, gradients of results, results or gradients of queries
-  num first;                     // row of the piece
+  num first;                    // row of the piece
 } work;
 
 typedef struct {
@@ -316,62 +94,78 @@ static void run(work *w, void (*step)(work *, num, num), num count) {
     in_region(&r);
 }
 
-static const real *weights_of(const work *w, num row) {
-  return w->p->weights.at == NULL ? NULL : head_of(w->p->weights, w->sample, w->head, row).at;
+static adjustment adjustment_of(const work *w, num row, num key) {
+  array weights = w->p->weights, mask = w->p->mask;
+  num seen = w->sample * mask.sample + w->head * mask.head + row * mask.row + key * mask.column;
+  return (adjustment){
+      .weights = weights.at == NULL ? NULL : head_of(weights, w->sample, w->head, row).at + key * weights.column,
+      .weight_step = weights.column,
+      .mask = mask.at == NULL ? NULL : (const uint8_t *)mask.at + seen,
+      .mask_step = mask.column,
+  };
 }
 
-static const uint8_t *mask_of(const work *w, num row) {
-  array x = w->p->mask;
-  return x.at == NULL ? NULL : (const uint8_t *)x.at + w->sample * x.sample + w->head * x.head + row * x.row;
-}
-
-static void pack_keys(work *w, num slot, num panel) {
+// Some keys and values, or gradients of results: panels of both passes.
+static void pack_forward(work *w, num slot, num panel) {
   (void)slot;
   const problem *p = w->p;
-  num key = panel * WIDE;
-  pack(w->keys_deep + key * p->width, head_of(p->key, w->sample, w->head, key), p->keys - key, p->width);
+  num key = panel * WIDE, keys = min(WIDE, p->keys - key);
+  pack(w->keys_deep + key * p->width, head_of(p->key, w->sample, w->head, key), keys, p->width);
+  pack_wide(w->values + key * WIDE, p->keys * WIDE, head_of(p->value, w->sample, w->head, key), keys, p->values);
 }
 
-static void pack_forward(work *w, num slot, num index) {
+static void pack_backward(work *w, num slot, num panel) {
+  (void)slot;
   const problem *p = w->p;
-  if (index < p->key_panels) {
-    pack_keys(w, slot, index);
-    return;
-  }
-  num column = (index - p->key_panels) * WIDE;
-  matrix from = flipped(head_of(p->value, w->sample, w->head, 0));
-  from.at += column * from.row;
-  pack(w->values + column * p->keys, from, p->values - column, p->keys);
+  num key = panel * WIDE, keys = min(WIDE, p->keys - key);
+  matrix from = head_of(p->key, w->sample, w->head, key);
+  pack(w->keys_deep + key * p->width, from, keys, p->width);
+  pack_wide(w->keys_wide + key * WIDE, p->keys * WIDE, from, keys, p->width);
+  pack(w->values + key * p->values, head_of(p->value, w->sample, w->head, key), keys, p->values);
 }
 
-static void pack_backward(work *w, num slot, num index) {
+// Scores of some rows and keys, weighed and masked, become exponentials relative to the largest of their row. `top` is
+// at least that already, and what it is in the end; `sum` is of these keys; `any` tells rows that have a key.
+static void exponentials_of(const work *w, real *scores, const real *queries, num row, num rows, num key, real *top,
+                            real *sum, bool *any) {
   const problem *p = w->p;
-  if (index < p->key_panels) {
-    pack_keys(w, slot, index);
-    num key = index * WIDE;
-    pack(w->values + key * p->values, head_of(p->value, w->sample, w->head, key), p->keys - key, p->values);
-    return;
+  num keys = min(p->block, p->keys - key), line = p->line;
+  multiply(scores, line, queries, p->width_line, w->keys_deep + key * p->width, p->width * WIDE,
+           round_up(rows, TALL), keys, p->width, false);
+  for (num i = 0; i < rows; i++) {
+    adjustment by = adjustment_of(w, row + i, key);
+    if (by.weights != NULL) weigh(scores + i * line, keys, by.weights, by.weight_step);
+    if (by.mask == NULL || hide(scores + i * line, keys, by.mask, by.mask_step)) any[i] = true;
+    top[i] = largest(scores + i * line, keys, top[i]);
   }
-  num column = (index - p->key_panels) * WIDE;
-  matrix from = flipped(head_of(p->key, w->sample, w->head, 0));
-  from.at += column * from.row;
-  pack(w->keys_wide + column * p->keys, from, p->width - column, p->keys);
+  for (num i = 0; i < rows; i++) sum[i] = raise(scores + i * line, keys, top[i]);
 }
 
 static void forward_rows(work *w, num slot, num index) {
   const problem *p = w->p;
-  num row = index * p->rows, rows = min(p->rows, p->queries - row), tall = round_up(rows, TALL);
-  num out_line = round_up(p->values, WIDE);
+  num row = index * p->rows, rows = min(p->rows, p->queries - row), out_line = p->value_wide;
   real *queries = w->queries + slot * p->rows * p->width_line, *scores = w->scores + slot * p->rows * p->line;
   real *out = w->rest + slot * p->rows * out_line;
+  real top[ROWS], sum[ROWS];
+  bool any[ROWS] = {false};
+  for (num i = 0; i < rows; i++) top[i] = -INFINITY;
   pack_rows(queries, p->width_line, head_of(p->query, w->sample, w->head, row), rows, p->width, p->scale);
-  multiply(scores, p->line, queries, p->width_line, w->keys_deep, tall, p->key_panels, p->width);
-  for (num i = 0; i < rows; i++) {
-    real *probabilities = scores + i * p->line;
-    real inverse = softmax(p, probabilities, weights_of(w, row + i), mask_of(w, row + i));
-    for (num j = 0; j < p->keys; j += LANES) store(probabilities + j, load(probabilities + j) * inverse);
+  for (num key = 0; key < p->keys; key += p->block) {
+    real before[ROWS], more[ROWS];
+    memcpy(before, top, sizeof top);
+    exponentials_of(w, scores, queries, row, rows, key, top, more, any);
+    for (num i = 0; i < rows; i++) {
+      if (key > 0 && top[i] > before[i]) {
+        real factor = exponential(before[i] - top[i]);
+        sum[i] *= factor;
+        scale_by(out + i * out_line, out_line, factor);
+      }
+      sum[i] = key > 0 ? sum[i] + more[i] : more[i];
+    }
+    multiply(out, out_line, scores, p->line, w->values + key * WIDE, p->keys * WIDE, round_up(rows, TALL), p->values,
+             min(p->block, p->keys - key), key > 0);
   }
-  multiply(out, out_line, scores, p->line, w->values, tall, ceil_div(p->values, WIDE), p->keys);
+  for (num i = 0; i < rows; i++) scale_by(out + i * out_line, out_line, any[i] ? 1 / sum[i] : 0);
   copy(head_of(p->out, w->sample, w->head, row), (matrix){out, out_line, 1}, rows, p->values, 1);
 }
 
@@ -409,82 +203,143 @@ static void forward_columns(work *w, num slot, num index) {
   copy(to, (matrix){out + last * line, 1, line}, rows, TALL, 1);
 }
 
+// Exponentials of some rows and gradients of their probabilities, block after block of keys.
 static void backward_rows(work *w, num slot, num index) {
   (void)slot;
   const problem *p = w->p;
   num inside = index * p->rows, row = w->first + inside, rows = min(p->rows, p->queries - row);
-  num tall = round_up(rows, TALL), line = p->line, d_line = round_up(p->width, WIDE);
   real *queries = w->queries + inside * p->width_line, *outs = w->outs + inside * p->value_line;
-  real *scores = w->scores + inside * line, *gradients = w->gradients + inside * line;
-  real *d_queries = w->rest + inside * d_line;
   pack_rows(queries, p->width_line, head_of(p->query, w->sample, w->head, row), rows, p->width, p->scale);
   pack_rows(outs, p->value_line, head_of(p->out, w->sample, w->head, row), rows, p->values, 1);
-  multiply(scores, line, queries, p->width_line, w->keys_deep, tall, p->key_panels, p->width);
-  real inverse[ROWS];
-  for (num i = 0; i < rows; i++)
-    inverse[i] = softmax(p, scores + i * line, weights_of(w, row + i), mask_of(w, row + i));
-  multiply(gradients, line, outs, p->value_line, w->values, tall, p->key_panels, p->values);
-  for (num i = 0; i < rows; i++)
-    softmax_backward(p, scores + i * line, gradients + i * line, inverse[i], weights_of(w, row + i));
-  multiply(d_queries, d_line, gradients, line, w->keys_wide, tall, ceil_div(p->width, WIDE), p->keys);
-  copy(head_of(p->d_query, w->sample, w->head, row), (matrix){d_queries, d_line, 1}, rows, p->width, p->scale);
+  real high[ROWS], total[ROWS], mean[ROWS];
+  bool any[ROWS] = {false};
+  for (num i = 0; i < rows; i++) high[i] = -INFINITY, total[i] = mean[i] = 0;
+  for (num b = 0; b < p->key_blocks; b++) {
+    num key = b * p->block, keys = min(p->block, p->keys - key), at = (b * p->piece + inside) * p->line;
+    real *scores = w->scores + at, *gradients = w->gradients + at, *top = w->factors + b * p->piece + inside;
+    real sum[ROWS];
+    for (num i = 0; i < rows; i++) top[i] = -INFINITY;
+    exponentials_of(w, scores, queries, row, rows, key, top, sum, any);
+    multiply(gradients, p->line, outs, p->value_line, w->values + key * p->values, p->values * WIDE,
+             round_up(rows, TALL), keys, p->values, false);
+    for (num i = 0; i < rows; i++) {
+      real most = top[i] > high[i] ? top[i] : high[i];
+      real old = most > high[i] ? exponential(high[i] - most) : 1, new = most > top[i] ? exponential(top[i] - most) : 1;
+      high[i] = most;
+      total[i] = total[i] * old + sum[i] * new;
+      mean[i] = mean[i] * old + dot(scores + i * p->line, gradients + i * p->line, keys) * new;
+    }
+  }
+  for (num i = 0; i < rows; i++) {
+    w->means[inside + i] = any[i] ? mean[i] / total[i] : 0;
+    for (num b = 0; b < p->key_blocks; b++) {
+      real *top = w->factors + b * p->piece + inside + i;
+      *top = any[i] ? (*top < high[i] ? exponential(*top - high[i]) : 1) / total[i] : 0;
+    }
+  }
 }
 
-static void backward_keys(work *w, num slot, num index) {
+// Exponentials of a block of keys become probabilities, and the gradients of these those of scores.
+static void finish(const work *w, num b) {
+  const problem *p = w->p;
+  num key = b * p->block, keys = min(p->block, p->keys - key), rows = min(p->piece, p->queries - w->first);
+  for (num row = 0; row < rows; row++) {
+    real *x = w->scores + (b * p->piece + row) * p->line, *gradient = w->gradients + (b * p->piece + row) * p->line;
+    vec factor = broadcast(w->factors[b * p->piece + row]), mean = broadcast(w->means[row]);
+    for (num i = 0; i < round_up(keys, LANES); i += LANES) {
+      vec probability = load(x + i) * factor;
+      store(x + i, probability);
+      store(gradient + i, probability * (load(gradient + i) - mean));
+    }
+    adjustment by = adjustment_of(w, w->first + row, key);
+    if (by.weights != NULL) weigh(gradient, keys, by.weights, by.weight_step);
+  }
+}
+
+static void d_queries_of(const work *w, num b, num row, num rows) {
+  const problem *p = w->p;
+  num key = b * p->block, keys = min(p->block, p->keys - key), line = p->width_wide;
+  multiply(w->rest + row * line, line, w->gradients + (b * p->piece + row) * p->line, p->line,
+           w->keys_wide + key * WIDE, p->keys * WIDE, round_up(rows, TALL), p->width, keys, b > 0);
+}
+
+static void copy_d_queries(const work *w, num row, num rows) {
+  const problem *p = w->p;
+  matrix from = {w->rest + row * p->width_wide, p->width_wide, 1};
+  copy(head_of(p->d_query, w->sample, w->head, w->first + row), from, rows, p->width, p->scale);
+}
+
+static void backward_queries(work *w, num slot, num index) {
   (void)slot;
   const problem *p = w->p;
-  num panel = index * PANELS, panels = min(PANELS, p->key_panels - panel), key = panel * WIDE;
-  num rows = min(p->piece, p->queries - w->first), keys = min(panels * WIDE, p->keys - key);
+  num row = index * p->rows, rows = min(p->rows, p->queries - w->first - row);
+  for (num b = 0; b < p->key_blocks; b++) d_queries_of(w, b, row, rows);
+  copy_d_queries(w, row, rows);
+}
+
+static void backward_keys(work *w, num slot, num b) {
+  (void)slot;
+  const problem *p = w->p;
+  num key = b * p->block, keys = min(p->block, p->keys - key), rows = min(p->piece, p->queries - w->first);
   bool add = w->first > 0, last = w->first + rows == p->queries;
-  real *d_keys = w->d_keys + key * p->width_lines, *d_values = w->d_values + key * p->value_lines;
-  multiply_transposed(d_values, p->value_lines, w->outs, p->value_line, w->scores + key, p->line, rows, p->values,
-                      panels, add);
-  multiply_transposed(d_keys, p->width_lines, w->queries, p->width_line, w->gradients + key, p->line, rows, p->width,
-                      panels, add);
+  matrix d_keys = {w->d_keys + key * p->width_wide, p->width_wide, 1};
+  matrix d_values = {w->d_values + key * p->value_wide, p->value_wide, 1};
+  finish(w, b);
+  num at = b * p->piece * p->line;
+  if (w->threads == 1) d_queries_of(w, b, 0, rows);
+  multiply_transposed(d_values.at, d_values.row, w->scores + at, p->line, w->outs, p->value_line, rows, keys,
+                      p->values, add);
+  multiply_transposed(d_keys.at, d_keys.row, w->gradients + at, p->line, w->queries, p->width_line, rows, keys,
+                      p->width, add);
   if (!last) return;
-  for (num i = 0; i < keys; i += WIDE) {
-    matrix from = {d_values + i * p->value_lines, 1, WIDE};
-    copy(head_of(p->d_value, w->sample, w->head, key + i), from, min(WIDE, keys - i), p->values, 1);
-    from.at = d_keys + i * p->width_lines;
-    copy(head_of(p->d_key, w->sample, w->head, key + i), from, min(WIDE, keys - i), p->width, 1);
-  }
+  copy(head_of(p->d_value, w->sample, w->head, key), d_values, keys, p->values, 1);
+  copy(head_of(p->d_key, w->sample, w->head, key), d_keys, keys, p->width, 1);
 }
 
 static void forward_head(work *w) {
-  if (w->p->maps) {
-    run(w, forward_columns, ceil_div(w->p->queries, w->p->rows));
+  const problem *p = w->p;
+  if (p->maps) {
+    run(w, forward_columns, ceil_div(p->queries, p->rows));
     return;
   }
-  run(w, pack_forward, w->p->key_panels + ceil_div(w->p->values, WIDE));
-  run(w, forward_rows, ceil_div(w->p->queries, w->p->rows));
+  run(w, pack_forward, p->key_panels);
+  run(w, forward_rows, ceil_div(p->queries, p->rows));
 }
 
 static void backward_head(work *w) {
   const problem *p = w->p;
-  run(w, pack_backward, p->key_panels + ceil_div(p->width, WIDE));
+  run(w, pack_backward, p->key_panels);
   for (w->first = 0; w->first < p->queries; w->first += p->piece) {
-    run(w, backward_rows, ceil_div(min(p->piece, p->queries - w->first), p->rows));
-    run(w, backward_keys, ceil_div(p->key_panels, PANELS));
+    num rows = min(p->piece, p->queries - w->first), blocks = ceil_div(rows, p->rows);
+    run(w, backward_rows, blocks);
+    run(w, backward_keys, p->key_blocks);
+    if (w->threads > 1)
+      run(w, backward_queries, blocks);
+    else
+      copy_d_queries(w, 0, rows);
   }
 }
 
 static bool prepare(work *w, const problem *p, num threads, bool backward) {
-  num keys = p->key_panels * WIDE, rows = backward ? p->piece + TALL : threads * p->rows;
-  num of_maps[] = {0, 0, 0, 0, 0, rows * p->keys, 0, rows * p->width, 0, rows * round_up(p->values, TALL)};
+  num keys = p->key_panels * WIDE, rows = backward ? p->piece : threads * p->rows;
+  num blocks = backward ? p->key_blocks : 1, d_keys = backward ? round_up(p->keys, TALL) : 0;
+  num of_maps[] = {0, 0, 0, 0, 0, rows * p->keys, 0, 0, 0, rows * p->width, 0, rows * round_up(p->values, TALL)};
   num of_rows[] = {
       keys * p->width,
-      backward ? p->keys * round_up(p->width, WIDE) : 0,
-      backward ? keys * p->values : p->keys * round_up(p->values, WIDE),
-      backward ? keys * p->width_lines : 0,
-      backward ? keys * p->value_lines : 0,
-      rows * p->line,
-      backward ? rows * p->line : 0,
+      backward ? p->keys * p->width_wide : 0,
+      backward ? keys * p->values : p->keys * p->value_wide,
+      d_keys * p->width_wide,
+      d_keys * p->value_wide,
+      blocks * rows * p->line,
+      backward ? blocks * rows * p->line : 0,
+      backward ? blocks * rows : 0,
+      backward ? rows : 0,
       rows * p->width_line,
       backward ? rows * p->value_line : 0,
-      rows * round_up(backward ? p->width : p->values, WIDE),
+      rows * (backward ? p->width_wide : p->value_wide),
   };
-  real **parts[] = {&w->keys_deep, &w->keys_wide, &w->values,  &w->d_keys, &w->d_values,
-                     &w->scores,    &w->gradients, &w->queries, &w->outs,   &w->rest};
+  real **parts[] = {&w->keys_deep, &w->keys_wide, &w->values, &w->d_keys,  &w->d_values, &w->scores,
+                    &w->gradients, &w->factors,   &w->means,  &w->queries, &w->outs,     &w->rest};
   const num *sizes = p->maps ? of_maps : of_rows;
   num count = 0, parts_of = sizeof of_rows / sizeof *of_rows;
   for (num i = 0; i < parts_of; i++) count += round_up(sizes[i], WIDE);
@@ -523,20 +378,23 @@ static void some_heads(void *data) {
 }
 
 static int attend(problem *p, bool backward) {
+  num whole = TALL * WIDE / 2;  // of both tiles and panels
   p->key_panels = ceil_div(p->keys, WIDE);
-  p->line = (p->key_panels | 1) * WIDE;  // an odd number of cache lines: rows do not compete for the same places
-  p->width_lines = round_up(p->width, TALL);
-  p->value_lines = round_up(p->values, TALL);
-  p->width_line = (ceil_div(p->width_lines, WIDE) | 1) * WIDE;
-  p->value_line = (ceil_div(p->value_lines, WIDE) | 1) * WIDE;
-  num most_rows = max(FEWEST, min(ROWS, SCORES / p->line));
+  p->block = round_up(ceil_div(p->keys, ceil_div(p->keys, KEYS)), whole);
+  p->key_blocks = ceil_div(p->keys, p->block);
+  p->line = (p->block / WIDE | 1) * WIDE;  // an odd number of cache lines: rows do not compete for the same places
+  p->width_wide = round_up(p->width, WIDE);
+  p->value_wide = round_up(p->values, WIDE);
+  p->width_line = (p->width_wide / WIDE | 1) * WIDE;
+  p->value_line = (p->value_wide / WIDE | 1) * WIDE;
   num count = p->samples * p->heads;
   bool alone = count % p->threads == 0 || count >= 4 * p->threads;  // each thread has its own heads
-  if (!alone) most_rows = min(most_rows, ceil_div(p->queries, 2 * p->threads));
+  num most = alone ? ROWS : min(ROWS, ceil_div(p->queries, 2 * p->threads));
   p->maps = !backward && p->weights.at == NULL && p->mask.at == NULL && p->key.row == 1 && p->value.row == 1 &&
             p->width <= DEEP && p->keys >= TALL && p->values >= TALL;
-  p->rows = round_up(ceil_div(p->queries, ceil_div(p->queries, p->maps ? ROWS : most_rows)), p->maps ? WIDE : TALL);
-  num blocks = max(alone ? 1 : 4 * p->threads, PIECE / p->rows);
+  num step = p->maps ? WIDE : TALL;
+  p->rows = round_up(ceil_div(p->queries, ceil_div(p->queries, max(step, most / step * step))), step);
+  num blocks = alone ? max(1, PIECE / p->rows) : 4 * p->threads;
   p->piece = p->rows * min(blocks, ceil_div(p->queries, p->rows));
   heads h = {p, {count, 0, false}, alone ? 1 : p->threads, backward};
   if (alone && p->threads > 1)
