@@ -123,13 +123,28 @@ def test_every_element_of_strided_inputs():
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(fast, plain, strict=True))
 
 
+@pytest.mark.parametrize("layout", ["heads", "map"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_whose_largest_score_comes_late(layout, masked):
+    """Keys come in blocks: what the first ones gave is scaled down, or is nothing where all of a block are hidden."""
+    q = normal(1, 2, 31, 7, seed=1, layout=layout)
+    k = normal(1, 2, 523, 7, seed=2, layout=layout) * torch.linspace(0.1, 4, 523)[:, None]
+    mask = normal(31, 523, seed=4) > 0.3
+    mask[3, :400] = True
+    mask[5] = True
+    mask[7, :-1] = True
+    assert_native_is_close([q, k, normal(1, 2, 523, 11, layout=layout)], {"attention_mask": mask} if masked else {})
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", [0, 1, 2])
-def test_numbers_that_are_none(where, value):
-    inputs = [normal(1, 2, 29, 7, seed=1), normal(1, 2, 37, 7, seed=2), normal(1, 2, 37, 5, seed=3)]
-    inputs[where][0, 1, 3, 2] = value
-    cotangent = normal(1, 2, 29, 5, seed=4)
-    for plain, options in (("reference", {}), ("pieces", {"attention_mask": normal(29, 37, seed=5) > 0.5})):
+@pytest.mark.parametrize("where", [(0, 3), (1, 3), (2, 3), (1, 411), (2, 411)])
+@pytest.mark.parametrize("layout", ["heads", "map"])
+def test_numbers_that_are_none(layout, where, value):
+    keys = 37 if where[1] < 37 else 523
+    inputs = [normal(1, 2, n, m, seed=m, layout=layout) for n, m in ((29, 7), (keys, 7), (keys, 11))]
+    inputs[where[0]][0, 1, where[1], 2] = value
+    cotangent = normal(1, 2, 29, 11, seed=4)
+    for plain, options in (("reference", {}), ("pieces", {"attention_mask": normal(29, keys, seed=5) > 0.5})):
         for got, want in zip(*(results(impl, inputs, cotangent, options) for impl in ("native", plain)), strict=True):
             assert torch.allclose(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
 

@@ -7,9 +7,8 @@
 #include "softmax.h"
 #include "tiles.h"
 
-#define KEYS 240   // of a block: whole tiles and panels, and no more than a tile sums up at one time
-#define ROWS 104   // of a block at most
-#define PIECE 192  // about so many rows whose scores are kept until they enter the gradients of keys and values
+#define KEYS 240  // of a block: whole tiles and panels, and no more than a tile sums up at one time
+#define ROWS 104  // of a block at most
 
 typedef struct {
   const void *at;  // NULL where there is none
@@ -33,26 +32,41 @@ INLINE matrix head_of(array x, num sample, num head, num row) {
   return (matrix){(real *)x.at + sample * x.sample + head * x.head + row * x.row, x.row, x.column};
 }
 
-// Softmax down the columns of a panel.
-static void softmax_columns(real *scores, num keys) {
-  vec high[2] = {broadcast(-INFINITY), broadcast(-INFINITY)}, sum[2] = {broadcast(0), broadcast(0)};
+// What is known of 16 queries whose scores lie side by side.
+typedef struct {
+  vec top[2], sum[2];
+} columns;
+
+// Scores of some keys become exponentials relative to the largest so far. Returns by what earlier ones are too large.
+static void raise_columns(real *scores, num keys, columns *of, vec *factor) {
+  vec shift[2], part[2] = {broadcast(0), broadcast(0)};
+  UNROLL for (int j = 0; j < 2; j++) factor[j] = of->top[j];
   for (num key = 0; key < keys; key++)
-    UNROLL for (int j = 0; j < 2; j++) high[j] = larger(load(scores + key * WIDE + j * LANES), high[j]);
-  for (num from = 0; from < keys; from += DEEP) {
-    vec part[2] = {broadcast(0), broadcast(0)};
-    for (num key = from; key < min(keys, from + DEEP); key++)
-      UNROLL for (int j = 0; j < 2; j++) {
-        vec e = load(scores + key * WIDE + j * LANES) - high[j];
-        exponentials(&e, 1);
-        store(scores + key * WIDE + j * LANES, e);
-        part[j] += e;
-      }
-    UNROLL for (int j = 0; j < 2; j++) sum[j] += part[j];
+    UNROLL for (int j = 0; j < 2; j++) of->top[j] = larger(load(scores + key * WIDE + j * LANES), of->top[j]);
+  UNROLL for (int j = 0; j < 2; j++) {
+    shift[j] = choose(of->top[j] == broadcast(-INFINITY), broadcast(0), of->top[j]);
+    factor[j] -= shift[j];
   }
-  UNROLL for (int j = 0; j < 2; j++) sum[j] = broadcast(1) / sum[j];
-  for (num key = 0; key < keys; key++)
+  exponentials(factor, 2);
+  for (num key = 0; key < keys; key++) {
+    vec x[2] = {load(scores + key * WIDE) - shift[0], load(scores + key * WIDE + LANES) - shift[1]};
+    exponentials(x, 2);
+    UNROLL for (int j = 0; j < 2; j++) {
+      store(scores + key * WIDE + j * LANES, x[j]);
+      part[j] += x[j];
+    }
+  }
+  UNROLL for (int j = 0; j < 2; j++) of->sum[j] = of->sum[j] * factor[j] + part[j];
+}
+
+// Numbers of 16 queries in each line are multiplied, if that changes them.
+static void scale_columns(real *out, num line, num lines, const vec *factor) {
+  ivec changes = (factor[0] != broadcast(1)) | (factor[1] != broadcast(1));
+  bool any = false;
+  for (int j = 0; j < LANES; j++) any |= changes[j] != 0;
+  for (num i = 0; i < lines && any; i++)
     UNROLL for (int j = 0; j < 2; j++)
-      store(scores + key * WIDE + j * LANES, load(scores + key * WIDE + j * LANES) * sum[j]);
+      store(out + i * line + j * LANES, load(out + i * line + j * LANES) * factor[j]);
 }
 
 // ---- one head ------------------------------------------------------------------------------------------------------
@@ -105,23 +119,39 @@ static adjustment adjustment_of(const work *w, num row, num key) {
   };
 }
 
-// Some keys and values, or gradients of results: panels of both passes.
+// Where packed rows of width or values are: block after block of keys, so that a block's panels are side by side.
+INLINE real *in_block(const problem *p, real *packed, num key, num columns) {
+  num from = key / p->block * p->block;
+  return packed + from * columns + (key - from) * WIDE;
+}
+
+// From a panel of such a block to the next.
+INLINE num block_panel(const problem *p, num key) {
+  return min(p->block, p->keys - key / p->block * p->block) * WIDE;
+}
+
+// Keys and values of a panel, while those of the next one are on their way.
 static void pack_forward(work *w, num slot, num panel) {
   (void)slot;
   const problem *p = w->p;
-  num key = panel * WIDE, keys = min(WIDE, p->keys - key);
-  pack(w->keys_deep + key * p->width, head_of(p->key, w->sample, w->head, key), keys, p->width);
-  pack_wide(w->values + key * WIDE, p->keys * WIDE, head_of(p->value, w->sample, w->head, key), keys, p->values);
+  num key = panel * WIDE, keys = min(WIDE, p->keys - key), next = min(WIDE, p->keys - key - keys);
+  matrix of_keys = head_of(p->key, w->sample, w->head, key), of_values = head_of(p->value, w->sample, w->head, key);
+  foresee(part_of(of_keys, keys, 0), next, p->width);
+  foresee(part_of(of_values, keys, 0), next, p->values);
+  pack(w->keys_deep + key * p->width, of_keys, keys, p->width);
+  pack_wide(in_block(p, w->values, key, p->value_wide), block_panel(p, key), of_values, keys, p->values);
 }
 
 static void pack_backward(work *w, num slot, num panel) {
   (void)slot;
   const problem *p = w->p;
-  num key = panel * WIDE, keys = min(WIDE, p->keys - key);
-  matrix from = head_of(p->key, w->sample, w->head, key);
-  pack(w->keys_deep + key * p->width, from, keys, p->width);
-  pack_wide(w->keys_wide + key * WIDE, p->keys * WIDE, from, keys, p->width);
-  pack(w->values + key * p->values, head_of(p->value, w->sample, w->head, key), keys, p->values);
+  num key = panel * WIDE, keys = min(WIDE, p->keys - key), next = min(WIDE, p->keys - key - keys);
+  matrix of_keys = head_of(p->key, w->sample, w->head, key), of_values = head_of(p->value, w->sample, w->head, key);
+  foresee(part_of(of_keys, keys, 0), next, p->width);
+  foresee(part_of(of_values, keys, 0), next, p->values);
+  pack(w->keys_deep + key * p->width, of_keys, keys, p->width);
+  pack_wide(in_block(p, w->keys_wide, key, p->width_wide), block_panel(p, key), of_keys, keys, p->width);
+  pack(w->values + key * p->values, of_values, keys, p->values);
 }
 
 // Scores of some rows and keys, weighed and masked, become exponentials relative to the largest of their row. `top` is
@@ -149,6 +179,7 @@ static void forward_rows(work *w, num slot, num index) {
   real top[ROWS], sum[ROWS];
   bool any[ROWS] = {false};
   for (num i = 0; i < rows; i++) top[i] = -INFINITY;
+  foresee(head_of(p->query, w->sample, w->head, row), rows, p->width);
   pack_rows(queries, p->width_line, head_of(p->query, w->sample, w->head, row), rows, p->width, p->scale);
   for (num key = 0; key < p->keys; key += p->block) {
     real before[ROWS], more[ROWS];
@@ -162,45 +193,74 @@ static void forward_rows(work *w, num slot, num index) {
       }
       sum[i] = key > 0 ? sum[i] + more[i] : more[i];
     }
-    multiply(out, out_line, scores, p->line, w->values + key * WIDE, p->keys * WIDE, round_up(rows, TALL), p->values,
-             min(p->block, p->keys - key), key > 0);
+    multiply(out, out_line, scores, p->line, in_block(p, w->values, key, p->value_wide), block_panel(p, key),
+             round_up(rows, TALL), p->values, min(p->block, p->keys - key), key > 0);
   }
+  foresee(head_of(p->out, w->sample, w->head, row), rows, p->values);
   for (num i = 0; i < rows; i++) scale_by(out + i * out_line, out_line, any[i] ? 1 / sum[i] : 0);
   copy(head_of(p->out, w->sample, w->head, row), (matrix){out, out_line, 1}, rows, p->values, 1);
 }
 
-// The same for keys and values that are maps: scores of 16 queries side by side, a line for each key, so that nothing
-// but the queries is packed and the output comes out as a map too. The last tile of keys or channels begins early.
+// Keys of a block that lie as a map, six side by side: zeros behind the last.
+static void pack_columns(work *w, num slot, num index) {
+  (void)slot;
+  const problem *p = w->p;
+  num from = index * p->block, keys = min(p->block, p->keys - from);
+  for (num i = 0; i < p->width; i++) {
+    const real *x = head_of(p->key, w->sample, w->head, from).at + i * p->key.column;
+    real *to = w->keys_deep + from * p->width + i * TALL;
+    for (num key = 0; key < keys; key += TALL, to += TALL * p->width)
+      for (num j = 0; j < TALL; j++) to[j] = key + j < keys ? x[key + j] : 0;
+  }
+}
+
+// The same for keys and values that are maps: scores of 16 queries side by side, a line for each key, so that values are
+// not packed and the output comes out as a map too. The last tile of channels begins early.
 static void forward_columns(work *w, num slot, num index) {
   const problem *p = w->p;
   num row = index * p->rows, rows = min(p->rows, p->queries - row), panels = ceil_div(rows, WIDE);
   num line = p->rows, lines = round_up(p->values, TALL), last = lines - TALL;
-  real *queries = w->queries + slot * p->rows * p->width, *scores = w->scores + slot * p->rows * p->keys;
+  real *queries = w->queries + slot * p->rows * p->width, *scores = w->scores + slot * p->rows * p->block;
   real *out = w->rest + slot * p->rows * lines;
-  matrix keys = head_of(p->key, w->sample, w->head, 0), values = head_of(p->value, w->sample, w->head, 0);
+  matrix values = flipped(head_of(p->value, w->sample, w->head, 0));
+  columns of[ROWS / WIDE];
   for (num panel = 0; panel < panels; panel++) {
-    real *q = queries + panel * WIDE * p->width, *s = scores + panel * WIDE * p->keys;
+    UNROLL for (int j = 0; j < 2; j++) {
+      of[panel].top[j] = broadcast(-INFINITY);
+      of[panel].sum[j] = broadcast(0);
+    }
+    real *q = queries + panel * WIDE * p->width;
     num some = min(WIDE, rows - panel * WIDE);
     if (some < WIDE) memset(q, 0, sizeof(real) * (size_t)(WIDE * p->width));
     copy((matrix){q, 1, WIDE}, head_of(p->query, w->sample, w->head, row + panel * WIDE), some, p->width, p->scale);
-    for (num t = 0; t < p->keys; t += TALL) {
-      num key = min(t, p->keys - TALL);
-      tile(s + key * WIDE, WIDE, keys.at + key, 1, keys.column, q, WIDE, p->width, false);
-    }
-    softmax_columns(s, p->keys);
   }
-  num step = ceil_div(p->keys, ceil_div(p->keys, DEEP));
-  for (num from = 0; from < p->keys; from += step)
-    for (num t = 0; t < lines; t += TALL) {
-      const real *from_values = values.at + (t < last ? t : p->values - TALL) * values.column + from;
-      for (num panel = 0; panel < panels; panel++)
-        tile(out + t * line + panel * WIDE, line, from_values, values.column, 1,
-             scores + (panel * p->keys + from) * WIDE, WIDE, min(step, p->keys - from), from > 0);
+  for (num from = 0; from < p->keys; from += p->block) {
+    num keys = min(p->block, p->keys - from);
+    for (num panel = 0; panel < panels; panel++) {
+      real *s = scores + panel * WIDE * p->block;
+      for (num key = 0; key < keys; key += TALL)
+        tile(s + key * WIDE, WIDE, w->keys_deep + (from + key) * p->width, 1, TALL, queries + panel * WIDE * p->width,
+             WIDE, p->width, false);
+      vec factor[2];
+      raise_columns(s, keys, of + panel, factor);
+      if (from > 0) scale_columns(out + panel * WIDE, line, lines, factor);
     }
+    for (num group = 0; group < lines; group += FEW)
+      for (num panel = 0; panel < panels; panel++)
+        for (num t = group; t < min(lines, group + FEW); t += TALL) {
+          matrix x = part_of(values, t < last ? t : p->values - TALL, from);
+          if (panel == 0 && t + TALL < last) foresee(part_of(x, TALL, 0), TALL, keys);
+          tile(out + t * line + panel * WIDE, line, x.at, x.row, 1, scores + panel * WIDE * p->block, WIDE, keys,
+               from > 0);
+        }
+  }
+  for (num panel = 0; panel < panels; panel++) {
+    UNROLL for (int j = 0; j < 2; j++) of[panel].sum[j] = broadcast(1) / of[panel].sum[j];
+    scale_columns(out + panel * WIDE, line, lines, of[panel].sum);
+  }
   matrix to = head_of(p->out, w->sample, w->head, row);
   copy(to, (matrix){out, 1, line}, rows, last, 1);
-  to.at += (p->values - TALL) * to.column;
-  copy(to, (matrix){out + last * line, 1, line}, rows, TALL, 1);
+  copy(part_of(to, 0, p->values - TALL), (matrix){out + last * line, 1, line}, rows, TALL, 1);
 }
 
 // Exponentials of some rows and gradients of their probabilities, block after block of keys.
@@ -209,6 +269,8 @@ static void backward_rows(work *w, num slot, num index) {
   const problem *p = w->p;
   num inside = index * p->rows, row = w->first + inside, rows = min(p->rows, p->queries - row);
   real *queries = w->queries + inside * p->width_line, *outs = w->outs + inside * p->value_line;
+  foresee(head_of(p->query, w->sample, w->head, row), rows, p->width);
+  foresee(head_of(p->out, w->sample, w->head, row), rows, p->values);
   pack_rows(queries, p->width_line, head_of(p->query, w->sample, w->head, row), rows, p->width, p->scale);
   pack_rows(outs, p->value_line, head_of(p->out, w->sample, w->head, row), rows, p->values, 1);
   real high[ROWS], total[ROWS], mean[ROWS];
@@ -260,7 +322,8 @@ static void d_queries_of(const work *w, num b, num row, num rows) {
   const problem *p = w->p;
   num key = b * p->block, keys = min(p->block, p->keys - key), line = p->width_wide;
   multiply(w->rest + row * line, line, w->gradients + (b * p->piece + row) * p->line, p->line,
-           w->keys_wide + key * WIDE, p->keys * WIDE, round_up(rows, TALL), p->width, keys, b > 0);
+           in_block(p, w->keys_wide, key, p->width_wide), block_panel(p, key), round_up(rows, TALL), p->width, keys,
+           b > 0);
 }
 
 static void copy_d_queries(const work *w, num row, num rows) {
@@ -299,6 +362,7 @@ static void backward_keys(work *w, num slot, num b) {
 static void forward_head(work *w) {
   const problem *p = w->p;
   if (p->maps) {
+    run(w, pack_columns, p->key_blocks);
     run(w, forward_columns, ceil_div(p->queries, p->rows));
     return;
   }
@@ -323,7 +387,8 @@ static void backward_head(work *w) {
 static bool prepare(work *w, const problem *p, num threads, bool backward) {
   num keys = p->key_panels * WIDE, rows = backward ? p->piece : threads * p->rows;
   num blocks = backward ? p->key_blocks : 1, d_keys = backward ? round_up(p->keys, TALL) : 0;
-  num of_maps[] = {0, 0, 0, 0, 0, rows * p->keys, 0, 0, 0, rows * p->width, 0, rows * round_up(p->values, TALL)};
+  num of_maps[] = {round_up(p->keys, TALL) * p->width, 0, 0, 0, 0, rows * p->block, 0, 0, 0, rows * p->width, 0,
+                   rows * round_up(p->values, TALL)};
   num of_rows[] = {
       keys * p->width,
       backward ? p->keys * p->width_wide : 0,
@@ -391,10 +456,10 @@ static int attend(problem *p, bool backward) {
   bool alone = count % p->threads == 0 || count >= 4 * p->threads;  // each thread has its own heads
   num most = alone ? ROWS : min(ROWS, ceil_div(p->queries, 2 * p->threads));
   p->maps = !backward && p->weights.at == NULL && p->mask.at == NULL && p->key.row == 1 && p->value.row == 1 &&
-            p->width <= DEEP && p->keys >= TALL && p->values >= TALL;
+            p->width <= DEEP && p->values >= TALL;
   num step = p->maps ? WIDE : TALL;
   p->rows = round_up(ceil_div(p->queries, ceil_div(p->queries, max(step, most / step * step))), step);
-  num blocks = alone ? max(1, PIECE / p->rows) : 4 * p->threads;
+  num blocks = alone ? 1 : 2 * p->threads;
   p->piece = p->rows * min(blocks, ceil_div(p->queries, p->rows));
   heads h = {p, {count, 0, false}, alone ? 1 : p->threads, backward};
   if (alone && p->threads > 1)

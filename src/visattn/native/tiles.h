@@ -7,7 +7,7 @@
 #define WIDE (2 * LANES)  // its columns, and those of a panel
 #define DEEP 256          // of a product's sum at one time: such a part of a panel stays in the first cache
 #define FEW 48            // rows of a product at one time whose sums are short
-#define GROUP 64          // columns of a transposed product at one time
+#define GROUP 32          // columns of a transposed product at one time
 
 INLINE num round_up(num x, num step) { return ceil_div(x, step) * step; }
 
@@ -22,10 +22,17 @@ INLINE matrix part_of(matrix x, num row, num column) {
   return (matrix){x.at + row * x.row + column * x.column, x.row, x.column};
 }
 
-// Asks for rows of a matrix that are read next: heads of tokens are far apart, which processors do not foresee.
-INLINE void foresee(const real *row, num apart, num rows, num columns) {
-  for (num j = 0; j < rows; j++)
-    for (num i = 0; i < columns; i += 64 / (num)sizeof(real)) __builtin_prefetch(row + j * apart + i);
+// Asks for a part of a matrix before it is copied: tokens of a head are far apart, which processors do not foresee.
+static void foresee(matrix x, num rows, num columns) {
+  if (x.column != 1) {
+    x = flipped(x);
+    num swap = rows;
+    rows = columns;
+    columns = swap;
+  }
+  if (x.column != 1) return;
+  for (num row = 0; row < rows; row++)
+    for (num i = 0; i < columns; i += 64 / (num)sizeof(real)) __builtin_prefetch(x.at + row * x.row + i);
 }
 
 // to = factor * from, of whatever layout.
@@ -42,7 +49,6 @@ static void copy(matrix to, matrix from, num rows, num columns, real factor) {
     for (; row < rows; row++) {
       real *into = to.at + row * to.row;
       const real *x = from.at + row * from.row;
-      foresee(x + LANES * from.row, 0, 1, columns);
       for (num i = 0; i < wide; i += LANES) store(into + i, factor * load(x + i));
       for (num i = wide; i < columns; i++) into[i] = factor * x[i];
     }
@@ -50,7 +56,6 @@ static void copy(matrix to, matrix from, num rows, num columns, real factor) {
     for (; row + LANES <= rows; row += LANES) {
       const real *x = from.at + row * from.row;
       real *into = to.at + row;
-      foresee(x + LANES * from.row, from.row, LANES, columns);
       for (num i = 0; i < wide; i += LANES) {
         vec part[8];
         UNROLL for (int j = 0; j < 8; j++) part[j] = factor * load(x + j * from.row + i);
@@ -72,9 +77,19 @@ static void pack(real *panel, matrix from, num rows, num columns) {
   copy((matrix){panel, 1, WIDE}, from, min(rows, WIDE), columns, 1);
 }
 
-// Some rows in panels of 16 columns, each `panel` numbers after the one before: zero where there are fewer columns.
+// Up to 16 rows in panels of 16 columns, each `panel` numbers after the one before: zero where there are fewer columns.
 static void pack_wide(real *to, num panel, matrix from, num rows, num columns) {
-  for (num column = 0; column < columns; column += WIDE, to += panel) {
+  num whole = from.column == 1 ? columns - columns % WIDE : 0;
+  for (num row = 0; row < rows && whole > 0; row++) {
+    const real *x = from.at + row * from.row;
+    real *into = to + row * WIDE;
+    for (num column = 0; column < whole; column += WIDE, into += panel) {
+      store(into, load(x + column));
+      store(into + LANES, load(x + column + LANES));
+    }
+  }
+  to += whole / WIDE * panel;
+  for (num column = whole; column < columns; column += WIDE, to += panel) {
     if (columns - column < WIDE) memset(to, 0, sizeof(real) * (size_t)(WIDE * rows));
     copy((matrix){to, WIDE, 1}, part_of(from, 0, column), rows, min(WIDE, columns - column), 1);
   }
@@ -131,8 +146,11 @@ static void multiply(real *c, num c_row, const real *a, num a_row, const real *b
 // c (+)= a^T b: sums over so many rows of both.
 static void multiply_transposed(real *c, num c_row, const real *a, num a_row, const real *b, num b_row, num rows,
                                 num tall, num columns, bool add) {
+  num step = ceil_div(rows, ceil_div(rows, DEEP));
   for (num group = 0; group < columns; group += GROUP)
-    for (num row = 0; row < tall; row += TALL)
-      for (num column = group; column < min(columns, group + GROUP); column += WIDE)
-        tile(c + row * c_row + column, c_row, a + row, 1, a_row, b + column, b_row, rows, add);
+    for (num from = 0; from < rows; from += step)
+      for (num row = 0; row < tall; row += TALL)
+        for (num column = group; column < min(columns, group + GROUP); column += WIDE)
+          tile(c + row * c_row + column, c_row, a + from * a_row + row, 1, a_row, b + from * b_row + column, b_row,
+               min(step, rows - from), add || from > 0);
 }
