@@ -19,7 +19,7 @@ typedef struct {
   num samples, heads, queries, keys, width, values;
   array query, key, value, weights, mask, out;  // `out` is the gradient of the result in the backward pass
   array d_query, d_key, d_value;
-  real scale;
+  real scale, share;  // of scores; of exponentials, so that sums of values never exceed the largest value
   num threads;
   num key_panels, key_blocks, block, line;  // panels and blocks of keys; of a block; from a row of its scores to the next
   num value_line, width_line;               // the same of rows of values, of queries
@@ -38,7 +38,7 @@ typedef struct {
 } columns;
 
 // Scores of some keys become exponentials relative to the largest so far. Returns by what earlier ones are too large.
-static void raise_columns(real *scores, num keys, columns *of, vec *factor) {
+static void raise_columns(real *scores, num keys, real share, columns *of, vec *factor) {
   vec shift[2], part[2] = {broadcast(0), broadcast(0)};
   UNROLL for (int j = 0; j < 2; j++) factor[j] = of->top[j];
   for (num key = 0; key < keys; key++)
@@ -52,6 +52,7 @@ static void raise_columns(real *scores, num keys, columns *of, vec *factor) {
     vec x[2] = {load(scores + key * WIDE) - shift[0], load(scores + key * WIDE + LANES) - shift[1]};
     exponentials(x, 2);
     UNROLL for (int j = 0; j < 2; j++) {
+      x[j] *= share;
       store(scores + key * WIDE + j * LANES, x[j]);
       part[j] += x[j];
     }
@@ -168,7 +169,7 @@ static void exponentials_of(const work *w, real *scores, const real *queries, nu
     if (by.mask == NULL || hide(scores + i * line, keys, by.mask, by.mask_step)) any[i] = true;
     top[i] = largest(scores + i * line, keys, top[i]);
   }
-  for (num i = 0; i < rows; i++) sum[i] = raise(scores + i * line, keys, top[i]);
+  for (num i = 0; i < rows; i++) sum[i] = raise(scores + i * line, keys, top[i], p->share);
 }
 
 static void forward_rows(work *w, num slot, num index) {
@@ -242,7 +243,7 @@ static void forward_columns(work *w, num slot, num index) {
         tile(s + key * WIDE, WIDE, w->keys_deep + (from + key) * p->width, 1, TALL, queries + panel * WIDE * p->width,
              WIDE, p->width, false);
       vec factor[2];
-      raise_columns(s, keys, of + panel, factor);
+      raise_columns(s, keys, p->share, of + panel, factor);
       if (from > 0) scale_columns(out + panel * WIDE, line, lines, factor);
     }
     for (num group = 0; group < lines; group += FEW)
@@ -443,6 +444,8 @@ static void some_heads(void *data) {
 }
 
 static int attend(problem *p, bool backward) {
+  p->share = 1;
+  while (p->share * (real)p->keys > 1) p->share /= 2;  // a power of two: nothing is rounded
   num whole = TALL * WIDE / 2;  // of both tiles and panels
   p->key_panels = ceil_div(p->keys, WIDE);
   p->block = round_up(ceil_div(p->keys, ceil_div(p->keys, KEYS)), whole);

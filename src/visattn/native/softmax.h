@@ -96,14 +96,15 @@ static real largest(real *row, num keys, real least) {
   return most[0] > most[1] ? most[0] : most[1];
 }
 
-// Scores become exp(score - top); returns their sum. Without any score (`top` is -inf) all are zero.
-static real raise(real *row, num keys, real top) {
+// Scores become share * exp(score - top); returns their sum. Without any score (`top` is -inf) all are zero.
+static real raise(real *row, num keys, real top, real share) {
   num whole = ceil_div(keys, LANES) * LANES, i = 0;
   vec sum[2] = {broadcast(0), broadcast(0)}, shift = broadcast(top == -INFINITY ? 0 : top);
   for (; i + 2 * LANES <= whole; i += 2 * LANES) {
     vec x[2] = {load(row + i) - shift, load(row + i + LANES) - shift};
     exponentials(x, 2);
     UNROLL for (int j = 0; j < 2; j++) {
+      x[j] *= share;
       store(row + i + j * LANES, x[j]);
       sum[j] += x[j];
     }
@@ -111,6 +112,7 @@ static real raise(real *row, num keys, real top) {
   for (; i < whole; i += LANES) {
     vec x = load(row + i) - shift;
     exponentials(&x, 1);
+    x *= share;
     store(row + i, x);
     sum[0] += x;
   }
