@@ -21,7 +21,7 @@ typedef struct {
   array d_query, d_key, d_value;
   real scale, share;  // of scores; of exponentials, so that sums of values never exceed the largest value
   num threads;
-  num key_panels, key_blocks, block, line;  // panels and blocks of keys; of a block; from a row of its scores to the next
+  num key_panels, key_blocks, block, line;  // panels and blocks of keys; keys of a block; between rows of scores
   num value_line, width_line;               // the same of rows of values, of queries
   num value_wide, width_wide;               // their length in whole panels
   num rows, piece;                          // of a block; of the blocks that are at hand at one time

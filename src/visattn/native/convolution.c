@@ -60,7 +60,8 @@ INLINE void rows_of(const int O, const int V, const sum *s, num last, num valid,
 
 // As many output channels at the positions of a row.
 static void rows(const int O, num columns, sum s) {
-  num units = ceil_div(columns, LANES), tiles = ceil_div(units, O == 1 ? WIDEST : O == 2 ? 5 : 3), valid = min(columns, LANES);
+  num units = ceil_div(columns, LANES), valid = min(columns, LANES);
+  num tiles = ceil_div(units, O == 1 ? WIDEST : O == 2 ? 5 : 3);
   const real *x = s.x;
   real *out = s.out;
   ivec all = {0}, some;
@@ -195,7 +196,8 @@ INLINE void meeting(const tap *taps, num count, num row, num height, num *from, 
 }
 
 // A block of output channels of some rows of one sample, from the filled buffer.
-static void block_rows(const convolution *w, const real *buffer, real *side_by_side, num channel, num sample, num band) {
+static void block_rows(const convolution *w, const real *buffer, real *side_by_side, num channel, num sample,
+                       num band) {
   num block = w->block, width = w->out_width, map = w->out_height * width;
   num first = band * w->band * w->step, last = min(first + w->band * w->step, w->out_height);
   num at = sample * w->groups * w->out + channel;

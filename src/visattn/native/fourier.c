@@ -6,9 +6,11 @@
 // cosine transform of x(p) + x(-p) and a sine transform of x(p) - x(-p), both products with small matrices, hold the
 // whole spectrum. With (a, b) of the inputs and (c, d) of the weights, what is wanted is ac + bd and bc - ad, by three
 // products: P1 = (a + b) c, P2 = -a (c + d), P3 = b (c - d); ac + bd = P1 - P3 and bc - ad = P1 + P2.
-#include "common.h"
+#include "tiles.h"
 
-enum { TILE = 7, TALL = 6, WIDE = 2 * LANES, BLOCK = 3 * WIDE, DEEP = 6 * BLOCK };  // BLOCK: 8 * TALL too
+#define TILE 7             // side of a tile of outputs
+#define BLOCK (3 * WIDE)   // channels that lie together in spectra: whole tiles of products in either direction
+#define LONG (6 * BLOCK)   // of a product's sum at one time
 #define AREA (TILE * TILE)
 
 // Cosines and sines of a set of positions at all frequencies, or the other way round: panels of 6 rows.
@@ -36,24 +38,13 @@ typedef struct {
   loop steps;
 } convolution;
 
-INLINE num round_up(num x, num step) { return ceil_div(x, step) * step; }
-
-// 6 x 16 numbers of a product. Of `a` so many columns lie together, and `skip` numbers on the next ones.
-INLINE void tile(real *to, const real *a, num a_row, num a_deep, num together, num skip, const real *b, num b_deep,
-                 num deep) {
+// 6 x 16 numbers of a product of spectra, whose rows lie in blocks of channels, `next` numbers apart.
+INLINE void tile_of_blocks(real *to, const real *a, num next, const real *b, num deep) {
   vec sum[TALL][2];
   UNROLL for (int i = 0; i < TALL; i++) sum[i][0] = sum[i][1] = broadcast(0);
-  for (; deep > 0; deep -= together, a += skip) {
-    if (skip)
-      for (num i = 0; i < TALL * BLOCK; i += 64 / sizeof(real)) __builtin_prefetch(a + TALL * BLOCK + i);
-    for (num k = 0; k < min(together, deep); k++, b += b_deep) {
-      vec left = load(b), right = load(b + LANES);
-      UNROLL for (int i = 0; i < TALL; i++) {
-        vec x = broadcast(a[i * a_row + k * a_deep]);
-        sum[i][0] += x * left;
-        sum[i][1] += x * right;
-      }
-    }
+  for (; deep > 0; deep -= BLOCK, a += next, b += BLOCK * WIDE) {
+    for (num i = 0; i < TALL * BLOCK; i += 64 / (num)sizeof(real)) __builtin_prefetch(a + TALL * BLOCK + i);
+    add_products(sum, a, BLOCK, 1, b, WIDE, min(BLOCK, deep));
   }
   UNROLL for (int i = 0; i < TALL; i++) {
     store(to + i * WIDE, sum[i][0]);
@@ -78,8 +69,8 @@ static void fold(real *even, real *odd, const real *at, num side) {
 INLINE void transform(real *to, num plane, num frequency, const real *even, const real *odd, waves w, num count,
                       num first, num pairs, const bool kernel) {
   real c[TALL * WIDE], s[TALL * WIDE];
-  tile(c, w.cosines + first * count, 1, TALL, count, 0, even, WIDE, count);
-  tile(s, w.sines + first * count, 1, TALL, count, 0, odd, WIDE, count);
+  tile(c, WIDE, w.cosines + first * count, 1, TALL, even, WIDE, count, false);
+  tile(s, WIDE, w.sines + first * count, 1, TALL, odd, WIDE, count, false);
   for (num i = 0; i < min(TALL, pairs - first); i++)
     UNROLL for (int j = 0; j < WIDE; j += LANES) {
       vec a = load(c + i * WIDE + j), b = load(s + i * WIDE + j);
@@ -106,8 +97,8 @@ static void transform_back(real *to, num side, const real *real_part, const real
   num count = (side * side + 1) / 2;
   real *middle = to + (count - 1) * WIDE, c[TALL * WIDE], s[TALL * WIDE];
   for (num q = 0; q < count; q += TALL) {
-    tile(c, w.cosines + q * pairs, 1, TALL, pairs, 0, real_part, frequency, pairs);
-    tile(s, w.sines + q * pairs, 1, TALL, pairs, 0, other, frequency, pairs);
+    tile(c, WIDE, w.cosines + q * pairs, 1, TALL, real_part, frequency, pairs, false);
+    tile(s, WIDE, w.sines + q * pairs, 1, TALL, other, frequency, pairs, false);
     for (num i = 0; i < min(TALL, count - q); i++)
       UNROLL for (int j = 0; j < WIDE; j += LANES) {
         vec even = load(c + i * WIDE + j), odd = load(s + i * WIDE + j);
@@ -171,7 +162,7 @@ static void transform_steps(void *data) {
 
 static void outputs_of(const convolution *w, num channel, real *folded, real *panel, real *sums, real *map) {
   num k = w->s.kernel, area = k * k, count = (area + 1) / 2, in = w->s.in, some = min(WIDE, w->s.out - channel);
-  num skip = w->rows * BLOCK, frequency = ceil_div(in, BLOCK) * skip, odd = count * in * WIDE;
+  num next = w->rows * BLOCK, frequency = ceil_div(in, BLOCK) * next, odd = count * in * WIDE;
   num rows = (w->rows + 1) * WIDE;  // an odd count of cache lines, that spectra do not compete for the same places
   for (num c = 0; c < in; c++) {
     if (some < WIDE) memset(map, 0, sizeof(real) * (size_t)(area * WIDE));
@@ -187,11 +178,12 @@ static void outputs_of(const convolution *w, num channel, real *folded, real *pa
                 folded + odd + c * count * WIDE, w->kernels, count, first, w->pairs, true);
     for (num f = first; f < min(w->pairs, first + TALL); f++)
       for (num row = 0; row < w->rows; row += TALL)
-        for (num c = 0; c < in; c += DEEP) {
+        for (num c = 0; c < in; c += LONG) {
           real products[3 * TALL * WIDE];
           for (num p = 0; p < 3; p++)
-            tile(products + p * TALL * WIDE, w->spectra + (p * w->pairs + f) * frequency + c * w->rows + row * BLOCK,
-                 BLOCK, 1, BLOCK, skip, panel + ((p * TALL + f - first) * in + c) * WIDE, WIDE, min(DEEP, in - c));
+            tile_of_blocks(products + p * TALL * WIDE,
+                           w->spectra + (p * w->pairs + f) * frequency + c * w->rows + row * BLOCK, next,
+                           panel + ((p * TALL + f - first) * in + c) * WIDE, min(LONG, in - c));
           if (c == 0) combine(sums + f * rows + row * WIDE, w->pairs * rows, products, false);
           else combine(sums + f * rows + row * WIDE, w->pairs * rows, products, true);
         }
@@ -235,10 +227,9 @@ static void weights_of(const convolution *w, num index, real *sums, real *map) {
     for (num c = 0; c < some; c += TALL) {
       real products[3 * TALL * WIDE];
       for (num p = 0; p < 3; p++)
-        tile(products + p * TALL * WIDE, w->spectra + ((p * w->pairs + f) * blocks + block) * lines + c, 1, BLOCK,
-             w->tiles, 0,
+        tile(products + p * TALL * WIDE, WIDE, w->spectra + ((p * w->pairs + f) * blocks + block) * lines + c, 1, BLOCK,
              w->others + ((p * w->pairs + f) * out_blocks + channel / BLOCK) * lines + channel % BLOCK, BLOCK,
-             w->tiles);
+             w->tiles, false);
       combine(sums + f * frequency + c * WIDE, plane, products, false);
     }
   for (num c = 0; c < some; c++) {
@@ -296,7 +287,7 @@ static int run(convolution *w, num most, num threads) {
 }
 
 // y (batch, out, height, width) = x (batch, in, height, width) with kernels `weight_out` and `weight_in` apart. The
-// waves are (cosines, sines) of inputs, kernels, outputs; for the gradient of an input the sines of kernels are negative.
+// waves are (cosines, sines) of inputs, kernels, outputs; the sines of kernels negative for an input's gradient.
 PUBLIC int NAME(fourier_convolve)(const real *x, const real *weight, const real *scale, const real *shift, real *y,
                                   real *totals, const real *c_in, const real *s_in, const real *c_kernel,
                                   const real *s_kernel, const real *c_out, const real *s_out, const sizes *s,

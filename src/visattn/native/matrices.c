@@ -37,8 +37,9 @@ static void rows_of(const product *p, num row, num rows, num column, num columns
   for (num j = 0; j < columns; j += WIDE)
     for (num i = 0; i < rows; i += TALL) {
       bool lying = i < tall;
-      part(part_of(p->out, row + i, column + j), rows - i, columns - j, lying ? a.at + i * a.row : packed + (i - tall) * LINE,
-           lying ? a.row : LINE, panels + j * deep, deep, p->add || k > 0);
+      const real *from = lying ? a.at + i * a.row : packed + (i - tall) * LINE;
+      part(part_of(p->out, row + i, column + j), rows - i, columns - j, from, lying ? a.row : LINE, panels + j * deep,
+           deep, p->add || k > 0);
     }
   if (p->bias.at == NULL || k + deep < p->deep) return;
   matrix to = part_of(p->out, row, column), from = part_of(p->bias, row, column);
@@ -78,7 +79,7 @@ static void work(void *data) {
   release(packed);
 }
 
-// out (rows, columns) (+)= a b + bias. strides: of a, b, out and bias, from a row to the next and from a column to the next.
+// out (rows, columns) (+)= a b + bias. strides: of a, b, out and bias, of rows and of columns.
 PUBLIC int NAME(multiply_matrices)(num rows, num columns, num deep, const real *a, const real *b, const real *bias,
                                    real *out, const num *strides, num add, num threads) {
   product p = {rows, columns, deep, {(real *)a, strides[0], strides[1]}, {(real *)b, strides[2], strides[3]},

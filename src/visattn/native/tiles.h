@@ -23,7 +23,7 @@ INLINE matrix part_of(matrix x, num row, num column) {
 }
 
 // Asks for a part of a matrix before it is copied: tokens of a head are far apart, which processors do not foresee.
-static void foresee(matrix x, num rows, num columns) {
+static inline void foresee(matrix x, num rows, num columns) {
   if (x.column != 1) {
     x = flipped(x);
     num swap = rows;
@@ -36,7 +36,7 @@ static void foresee(matrix x, num rows, num columns) {
 }
 
 // to = factor * from, of whatever layout.
-static void copy(matrix to, matrix from, num rows, num columns, real factor) {
+static inline void copy(matrix to, matrix from, num rows, num columns, real factor) {
   if (from.row == 1 && from.column != 1) {
     to = flipped(to);
     from = flipped(from);
@@ -72,13 +72,13 @@ static void copy(matrix to, matrix from, num rows, num columns, real factor) {
 }
 
 // Panel of 16 rows of a matrix: panel[column][16], zero where there are fewer rows.
-static void pack(real *panel, matrix from, num rows, num columns) {
+static inline void pack(real *panel, matrix from, num rows, num columns) {
   if (rows < WIDE) memset(panel, 0, sizeof(real) * (size_t)(WIDE * columns));
   copy((matrix){panel, 1, WIDE}, from, min(rows, WIDE), columns, 1);
 }
 
 // Up to 16 rows in panels of 16 columns, each `panel` numbers after the one before: zero where there are fewer columns.
-static void pack_wide(real *to, num panel, matrix from, num rows, num columns) {
+static inline void pack_wide(real *to, num panel, matrix from, num rows, num columns) {
   num whole = from.column == 1 ? columns - columns % WIDE : 0;
   for (num row = 0; row < rows && whole > 0; row++) {
     const real *x = from.at + row * from.row;
@@ -96,10 +96,22 @@ static void pack_wide(real *to, num panel, matrix from, num rows, num columns) {
 }
 
 // Rows one after the other, `line` numbers apart: up to whole tiles of zeros.
-static void pack_rows(real *to, num line, matrix from, num rows, num columns, real factor) {
+static inline void pack_rows(real *to, num line, matrix from, num rows, num columns, real factor) {
   for (num row = 0; row < rows; row++) memset(to + row * line + columns, 0, sizeof(real) * (size_t)((line - columns)));
   memset(to + rows * line, 0, sizeof(real) * (size_t)(line * (round_up(rows, TALL) - rows)));
   copy((matrix){to, line, 1}, from, rows, columns, factor);
+}
+
+// The sums of 6 x 16 numbers of a product.
+INLINE void add_products(vec sum[TALL][2], const real *a, num a_row, num a_deep, const real *b, num b_deep, num deep) {
+  for (num k = 0; k < deep; k++) {
+    vec left = load(b + k * b_deep), right = load(b + k * b_deep + LANES);
+    UNROLL for (int i = 0; i < TALL; i++) {
+      vec x = broadcast(a[i * a_row + k * a_deep]);
+      sum[i][0] += x * left;
+      sum[i][1] += x * right;
+    }
+  }
 }
 
 // 6 x 16 numbers of c (+)= a b.
@@ -110,14 +122,7 @@ INLINE void tile(real *c, num c_row, const real *a, num a_row, num a_deep, const
     sum[i][0] = sum[i][1] = broadcast(0);
     __builtin_prefetch(c + i * c_row, 1);
   }
-  for (num k = 0; k < deep; k++) {
-    vec left = load(b + k * b_deep), right = load(b + k * b_deep + LANES);
-    UNROLL for (int i = 0; i < TALL; i++) {
-      vec x = broadcast(a[i * a_row + k * a_deep]);
-      sum[i][0] += x * left;
-      sum[i][1] += x * right;
-    }
-  }
+  add_products(sum, a, a_row, a_deep, b, b_deep, deep);
   if (add) {
     UNROLL for (int i = 0; i < TALL; i++) {
       sum[i][0] += load(c + i * c_row);
@@ -132,8 +137,8 @@ INLINE void tile(real *c, num c_row, const real *a, num a_row, num a_deep, const
 
 // c (+)= a b: rows of a one after the other, b in panels, each `panel` numbers after the one before. Short sums take so
 // few rows of a at a time that these stay in the first cache, long ones a panel's part.
-static void multiply(real *c, num c_row, const real *a, num a_row, const real *b, num panel, num rows, num columns,
-                     num deep, bool add) {
+static inline void multiply(real *c, num c_row, const real *a, num a_row, const real *b, num panel, num rows,
+                            num columns, num deep, bool add) {
   num step = ceil_div(deep, ceil_div(deep, DEEP)), some = step > DEEP / 2 ? rows : FEW;
   for (num from = 0; from < deep; from += step)
     for (num group = 0; group < rows; group += some)
@@ -144,8 +149,8 @@ static void multiply(real *c, num c_row, const real *a, num a_row, const real *b
 }
 
 // c (+)= a^T b: sums over so many rows of both.
-static void multiply_transposed(real *c, num c_row, const real *a, num a_row, const real *b, num b_row, num rows,
-                                num tall, num columns, bool add) {
+static inline void multiply_transposed(real *c, num c_row, const real *a, num a_row, const real *b, num b_row,
+                                       num rows, num tall, num columns, bool add) {
   num step = ceil_div(rows, ceil_div(rows, DEEP));
   for (num group = 0; group < columns; group += GROUP)
     for (num from = 0; from < rows; from += step)

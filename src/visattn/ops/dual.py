@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from visattn import native
 from visattn.native.attention import attend, fits
+from visattn.native.matrices import multiply
 from visattn.ops._attention import KEPT, PIECE, attend_fused, attend_in_pieces
 from visattn.ops._products import NATIVE, Products, best_products
 from visattn.ops._shared import (
@@ -208,12 +209,12 @@ def _position_residual_native(
     query_weight, key_weight, weight = (projection[0].flatten(1) for projection in (query, key, value))
     weight, bias = gamma * weight, (gamma * value[1])[:, None]
     for x_map, y_map in zip(x.flatten(2), flat_out, strict=True):
-        queries = torch.addmm(query[1][:, None], query_weight, x_map)
-        keys = torch.addmm(key[1][:, None], key_weight, x_map)
+        queries = multiply(query_weight, x_map, bias=query[1][:, None])
+        keys = multiply(key_weight, x_map, bias=key[1][:, None])
         as_queries, as_keys, as_values, into = (y.t()[None, None] for y in (queries, keys, x_map, y_map))
         attend(as_queries, as_keys, as_values, None, None, 1.0, into)
         for inputs, y in zip(x_map.split(POSITIONS, dim=1), y_map.split(POSITIONS, dim=1), strict=True):
-            torch.add(torch.addmm(bias, weight, y), inputs, out=y)
+            torch.add(multiply(weight, y, bias=bias), inputs, out=y)
     return out
 
 
