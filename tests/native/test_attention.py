@@ -239,3 +239,12 @@ def test_no_memory(monkeypatch):
     q = normal(1, 1, 5, 3)
     with pytest.raises(MemoryError, match="no memory for the buffers of attention_forward"):
         multihead_attention(q, q, q, impl="native")
+
+
+def test_nan_of_any_payload_stays():
+    payload = torch.tensor(0x7FC00001, dtype=torch.int32).view(torch.float32)
+    query, key, value = (torch.randn(1, 1, 7, 5, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    query[0, 0, 3] = payload
+    out = multihead_attention(query, key, value, impl="native")
+    assert out[0, 0, 3].isnan().all()
+    assert out[0, 0, [0, 1, 2, 4, 5, 6]].isfinite().all()

@@ -60,15 +60,39 @@ def test_against_torch(sizes, dtype, most, monkeypatch):
     assert_near(sums, want.sum(dim=(2, 3)), "sums")
 
 
-def test_float32_loses_no_more_than_a_direct_convolution():
-    x, weight, _gradient, _ = case_of((4, 256, 64, 7, 7, 5))
+def test_float32_loses_no_more_than_a_sum_over_taps():
+    x, weight, _, _ = case_of((4, 256, 64, 7, 7, 5))
     exact = F.conv2d(x, weight, padding=2)
     x, weight = x.float(), weight.float()
-    ours, direct = (
-        (out.double() - exact).abs().max()
-        for out in (fourier.convolve(x, weight, None), F.conv2d(x, weight, padding=2))
+    columns, total = F.unfold(x, 5, padding=2), torch.zeros(4, 64, 49)
+    for part, taps in zip(columns.split(1, dim=1), weight.flatten(1).split(1, dim=1)):
+        total += taps * part  # one term after the other, as a plain loop has it
+    ours, plain = (
+        (out.double() - exact).abs().max() for out in (fourier.convolve(x, weight, None), total.view(exact.shape))
     )
-    assert ours <= direct
+    assert ours <= plain
+
+
+def test_shapes_are_checked_before_memory_is_read():
+    x, weight, gradient, bias = case_of(CASES[1])
+    for wrong in (weight[:, :2], weight[..., :2], weight[..., :2, :2]):
+        with pytest.raises(ValueError, match="by transforms was given"):
+            fourier.convolve(x, wrong, None)
+    for call in (
+        lambda: fourier.convolve(x, weight, bias[1:]),
+        lambda: fourier.input_gradient(gradient[:, 1:], weight),
+        lambda: fourier.weight_gradient(x, gradient[..., 1:], weight),
+    ):
+        with pytest.raises(ValueError, match="by transforms was given"):
+            call()
+
+
+def test_tables_are_made_on_the_cpu_whatever_the_default_device_is():
+    x, weight, _, _ = case_of(CASES[1])
+    fourier._waves.cache_clear()
+    with torch.device("meta"):
+        fourier._waves(fourier.TILE, 9, True, torch.float64)
+    assert_near(fourier.convolve(x, weight, None), F.conv2d(x, weight, padding=1), "forward")
 
 
 def test_any_strides_and_threads():
@@ -78,12 +102,14 @@ def test_any_strides_and_threads():
     last = torch.channels_last
     views = [tensor.contiguous(memory_format=last) for tensor in (x, weight, gradient)]
     before = torch.get_num_threads()
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        got = [fourier.convolve(views[0], views[1], torch.stack([bias, bias], dim=1)[:, 0])]
-        got += [fourier.input_gradient(views[2], views[1]), fourier.weight_gradient(views[0], views[2], views[1])]
-        assert all(torch.equal(a, b) for a, b in zip(got, want))
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            got = [fourier.convolve(views[0], views[1], torch.stack([bias, bias], dim=1)[:, 0])]
+            got += [fourier.input_gradient(views[2], views[1]), fourier.weight_gradient(views[0], views[2], views[1])]
+            assert all(torch.equal(a, b) for a, b in zip(got, want))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -99,21 +125,22 @@ def leading(monkeypatch):
         ((8, 256, 14, 14), 256, 3, "fourier"),
         ((32, 512, 7, 7), 512, 3, "fourier"),
         ((8, 64, 56, 56), 16, 3, "direct"),  # few outputs: transforms of the input would cost too much
-        ((8, 512, 7, 7), 128, 3, ""),
-        ((1, 512, 7, 7), 512, 3, ""),  # few positions: so would those of the weight
-        ((8, 256, 14, 14), 256, 11, ""),
+        ((8, 512, 7, 7), 128, 3, "direct"),
+        ((1, 512, 7, 7), 512, 3, "direct"),  # few positions: so would those of the weight
+        ((8, 256, 14, 14), 256, 11, "direct"),
+        ((1, 256, 211, 223), 256, 7, "direct"),  # large maps: so would their memory
         ((8, 256, 14, 14), 256, 1, "product"),
-        ((8, 256, 7, 7), 256, 1, ""),
-        ((8, 256, 14, 14), 32, 1, ""),
+        ((8, 256, 7, 7), 256, 1, "direct"),
+        ((8, 256, 14, 14), 32, 1, "direct"),
     ],
 )
 def test_where_each_way_is_taken(shape, outputs, kernel, way, leading, monkeypatch):
     weight = torch.empty(outputs, shape[1], kernel, kernel)
-    assert Geometry(1, kernel // 2, 1, 1).wide(shape, weight) == way
+    assert Geometry(1, kernel // 2, 1, 1).way(shape, weight) == way
     for geometry in (Geometry(2, kernel // 2, 1, 1), Geometry(1, kernel // 2 + 1, 1, 1), Geometry(1, kernel, 2, 1)):
-        assert geometry.wide(shape, weight) == ""
+        assert geometry.way(shape, weight) == "direct"
     monkeypatch.setattr(native, "leads", lambda: False)
-    assert Geometry(1, kernel // 2, 1, 1).wide(shape, weight) == ""
+    assert Geometry(1, kernel // 2, 1, 1).way(shape, weight) == "direct"
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -140,7 +167,7 @@ def test_auto_takes_it_for_wide_convolutions(leading, monkeypatch):
     for name in ("convolve", "convolve_relu", "input_gradient", "weight_gradient"):
         function = getattr(fourier, name)
         monkeypatch.setattr(fourier, name, lambda *a, f=function, n=name: called.append(n) or f(*a))
-    x, weight, gradient, bias = (tensor.float().requires_grad_() for tensor in case_of((4, 96, 80, 7, 14, 5)))
+    x, weight, gradient, bias = (tensor.float().requires_grad_() for tensor in case_of((6, 96, 80, 7, 14, 5)))
     exact = F.conv2d(x, weight, bias, padding=2)
     out = grouped_conv2d(x, weight, bias, padding=2)
     assert_near(out, exact.double(), "forward")
@@ -156,7 +183,21 @@ def test_the_article_blocks_run_on_it(leading, monkeypatch):
     function = fourier._convolve
     monkeypatch.setattr(fourier, "_convolve", lambda *a, **k: called.append(a[1].shape[2]) or function(*a, **k))
     with torch.no_grad():
-        visattn.create("dual_projected", 96, (7, 7)).eval()(torch.randn(16, 96, 7, 7))
+        visattn.create("dual_projected", 128, (7, 7)).eval()(torch.randn(18, 128, 7, 7))
         article = {"dilated": False, "groups": 1, "hidden_norm": False, "bias": True}
-        visattn.create("selective_kernel", 96, kernel_size=(1, 3, 5), **article).eval()(torch.randn(16, 96, 7, 7))
+        visattn.create("selective_kernel", 128, kernel_size=(1, 3, 5), **article).eval()(torch.randn(18, 128, 7, 7))
     assert called == [3, 3, 3, 5]
+
+
+def test_narrow_3x3_convolutions_are_taken_from_torch(leading, monkeypatch):
+    for outputs, inputs, kernel, taken in (
+        (16, 64, 3, True),
+        (64, 256, 3, True),
+        (128, 512, 3, False),
+        (8, 16, 5, False),
+    ):
+        shape, weight = (1, inputs, 7, 7), torch.empty(outputs, inputs, kernel, kernel)
+        assert Geometry(1, kernel // 2, 1, 1).beats_torch(shape, weight) == taken
+        assert not Geometry(2, kernel // 2, 1, 1).beats_torch(shape, weight)
+    monkeypatch.setattr(native, "leads", lambda: False)
+    assert not Geometry(1, 1, 1, 1).beats_torch((1, 64, 7, 7), torch.empty(16, 64, 3, 3))

@@ -67,8 +67,10 @@ def test_shapes_are_checked_before_memory_is_read():
 def test_infinities_and_nan_reach_what_they_reach_in_torch():
     a, b = normal(23, 31), normal(31, 37)
     a[4, 7], a[11, 3], b[5, 9] = torch.inf, torch.nan, -torch.inf
-    assert torch.equal(multiply(a, b).isnan(), (a @ b).isnan())
-    assert torch.equal(multiply(a, b).isinf(), (a @ b).isinf())
+    got, want = multiply(a, b), a @ b
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.isinf(), want.isinf())
+    assert torch.equal(got[want.isinf()], want[want.isinf()])
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -100,6 +102,12 @@ def test_auto_takes_the_kernels_for_large_products(large, monkeypatch):
         block.fc_v.register_forward_hook(lambda *_: None)  # which wants a call of the layer
         block(tokens)
         assert len(called) == (7 if large else 0)
+
+
+def test_native_gives_the_type_that_autocast_does():
+    x, weight = normal(5, 11, dtype=torch.float32), normal(7, 11, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, impl="native").dtype == F.linear(x, weight).dtype == torch.bfloat16
 
 
 def test_what_native_does_not_serve():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import visattn
 from visattn import native
@@ -278,3 +279,14 @@ def test_relu_lets_nothing_through_at_zero():
     gate = Gate(torch.ones(1, 1), None, None, [torch.ones(1, 1)], [torch.zeros(1)])
     (gradient,) = torch.autograd.grad(normed_select([x], norms, gate, impl="native").sum(), x)
     assert torch.equal(gradient, torch.zeros_like(x))
+
+
+def test_a_checkpoint_updates_all_statistics_as_often():
+    block = visattn.create("selective_kernel", 16)
+    x = torch.randn(3, 16, 7, 5, requires_grad=True)
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    branch = block.convs[0].bn
+    assert branch.num_batches_tracked == block.fc_bn.num_batches_tracked == 2
+    with torch.no_grad():
+        plain = block.convs[0].conv(x).mean(dim=(0, 2, 3))
+    assert torch.allclose(branch.running_mean, (1 - 0.9**2) * plain, atol=1e-6)  # two steps of 0.1 from zero

@@ -80,8 +80,10 @@ def test_convolution(size, outputs, width, groups, expected):
     assert best_form("cpu", native=False, **options) == expected
     narrow = groups > 1 and (outputs, width) != (1, 1)
     assert best_form("cpu", native=True, **options) == ("native" if narrow else "reference")
-    assert best_form("cpu", native=True, wide=True, **options) == ("native" if groups == 1 or narrow else "reference")
-    assert best_form("cpu", native=False, wide=True, **options) == expected
+    assert best_form("cpu", native=True, beats_torch=True, **options) == (
+        "native" if groups == 1 or narrow else "reference"
+    )
+    assert best_form("cpu", native=False, beats_torch=True, **options) == expected
     assert best_form("cuda", native=False, **options) == "reference"
 
 

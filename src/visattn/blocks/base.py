@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from visattn.errors import check
 from visattn.ops._shared import BatchNorm, map_layout
+from visattn.ops.convolution import grouped_conv2d
 from visattn.ops.linear import linear
 
 __all__ = [
@@ -20,10 +21,13 @@ __all__ = [
     "batch_norm_tensors",
     "check_map",
     "check_tokens",
+    "conv_numbers",
     "conv_with_norm",
+    "convolved",
     "foldable",
     "folded",
     "has_hooks",
+    "kernels_only",
     "layout_like",
     "make_norm",
     "plain_conv",
@@ -152,11 +156,28 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def plain_conv(conv: nn.Module) -> bool:
-    """Whether a call of a convolution does what its class says and no more, so that its numbers may be used without.
+    """Whether a call of a convolution is that of `grouped_conv2d` with `conv_numbers`, and no more.
 
     Compilers see the call: they choose for themselves.
     """
-    return not torch.compiler.is_compiling() and type(conv) is nn.Conv2d and not has_hooks(conv)
+    if torch.compiler.is_compiling() or type(conv) is not nn.Conv2d or has_hooks(conv):
+        return False
+    pairs = (conv.stride, conv.padding, conv.dilation)
+    return conv.padding_mode == "zeros" and all(not isinstance(pair, str) and pair[0] == pair[1] for pair in pairs)
+
+
+def conv_numbers(conv: nn.Conv2d) -> dict[str, Any]:
+    """Stride, padding, dilation and groups of a plain convolution."""
+    padding = cast(tuple[int, int], conv.padding)[0]
+    return {"stride": conv.stride[0], "padding": padding, "dilation": conv.dilation[0], "groups": conv.groups}
+
+
+def convolved(conv: nn.Module, x: Tensor, impl: str) -> Tensor:
+    """What a convolution makes of `x`, by an implementation of `grouped_conv2d` where that is all that a call does."""
+    if not plain_conv(conv):
+        return cast(Tensor, conv(x))
+    conv = cast(nn.Conv2d, conv)
+    return grouped_conv2d(x, conv.weight, conv.bias, **conv_numbers(conv), impl=impl)
 
 
 def plain_norm(norm: nn.Module) -> bool:
@@ -181,12 +202,15 @@ def batch_norm_tensors(norm: nn.Module) -> BatchNorm | None:
 
 
 def projected(layer: nn.Module, x: Tensor, impl: str) -> Tensor:
-    """What a linear layer makes of `x`, by the kernels where `impl` allows and a call does no more than its class."""
-    plain = type(layer) is nn.Linear and not has_hooks(layer) and not torch.compiler.is_compiling()
-    if not plain or impl == "reference":
+    """What a linear layer makes of `x`, by an implementation of `linear` where that is all that a call does."""
+    if type(layer) is not nn.Linear or has_hooks(layer) or torch.compiler.is_compiling():
         return cast(Tensor, layer(x))
-    layer = cast(nn.Linear, layer)
-    return linear(x, layer.weight, layer.bias, impl="native" if impl == "native" else "auto")
+    return linear(x, layer.weight, layer.bias, impl=impl)
+
+
+def kernels_only(impl: str) -> str:
+    """The implementation of the layers around an op that has this one: the kernels, or torch's for all other names."""
+    return impl if impl in ("auto", "native") else "reference"
 
 
 def layout_like(out: Tensor, x: Tensor) -> Tensor:

@@ -8,15 +8,14 @@ at d75848e40233ed56fa503c888472bab8b17c568c (model/attention/DANet.py)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visattn.blocks.base import Block, check_map, layout_like, plain_conv, query_indices
+from visattn.blocks.base import Block, check_map, convolved, kernels_only, layout_like, query_indices
 from visattn.blocks.multihead import MultiHeadAttention
 from visattn.errors import check
-from visattn.ops.convolution import grouped_conv2d
 from visattn.ops.multihead import IMPLEMENTATIONS, multihead_weights
 
 __all__ = ["ProjectedChannelAttention", "ProjectedDualAttention", "ProjectedPositionAttention"]
@@ -25,12 +24,6 @@ __all__ = ["ProjectedChannelAttention", "ProjectedDualAttention", "ProjectedPosi
 def _same_conv(name: str, channels: int, kernel_size: int, device: Any, dtype: Any) -> nn.Conv2d:
     check(kernel_size >= 1 and kernel_size % 2 == 1, name, "kernel_size must be odd", kernel_size=kernel_size)
     return nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, device=device, dtype=dtype)
-
-
-def _convolved(conv: nn.Conv2d, x: Tensor, impl: str) -> Tensor:
-    if impl == "reference" or not plain_conv(conv):
-        return cast(Tensor, conv(x))
-    return grouped_conv2d(x, conv.weight, conv.bias, padding=int(conv.padding[0]))
 
 
 class ProjectedPositionAttention(Block):
@@ -86,12 +79,12 @@ class ProjectedPositionAttention(Block):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
         check_map(self, x, self.channels)
-        out: Tensor = self.pa(_convolved(self.cnn, x, self.pa.impl).flatten(2).transpose(1, 2))
+        out: Tensor = self.pa(convolved(self.cnn, x, kernels_only(self.pa.impl)).flatten(2).transpose(1, 2))
         return layout_like(out.transpose(1, 2).reshape(x.shape), x)
 
     def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
         """`position`: (B, 1, Q, H, W), what the chosen positions attend to."""
-        tokens = _convolved(self.cnn, x, self.pa.impl).flatten(2).transpose(1, 2)
+        tokens = convolved(self.cnn, x, kernels_only(self.pa.impl)).flatten(2).transpose(1, 2)
         chosen = tokens.index_select(1, query_indices(queries, x.shape[2], x.shape[3], x.device))
         weights = multihead_weights(self.pa._heads(chosen, "fc_q"), self.pa._heads(tokens, "fc_k"))
         return {"position": weights.view(*weights.shape[:3], *x.shape[2:])}
@@ -169,12 +162,12 @@ class ProjectedChannelAttention(Block):
             remedy="Build it with feat_size=(H, W) of your map, or use DualAttention, which takes any size.",
             shape=tuple(x.shape),
         )
-        out: Tensor = self.pa(_convolved(self.cnn, x, self.pa.impl).flatten(2))
+        out: Tensor = self.pa(convolved(self.cnn, x, kernels_only(self.pa.impl)).flatten(2))
         return layout_like(out.view(x.shape), x)
 
     def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
         """`channel`: (B, C, C), what each channel attends to."""
-        tokens = _convolved(self.cnn, x, self.pa.impl).flatten(2).unsqueeze(1)
+        tokens = convolved(self.cnn, x, kernels_only(self.pa.impl)).flatten(2).unsqueeze(1)
         return {"channel": multihead_weights(tokens, tokens).squeeze(1)}
 
     def extra_repr(self) -> str:

@@ -17,6 +17,7 @@ from visattn.blocks.base import (
     Block,
     check_map,
     check_tokens,
+    kernels_only,
     layout_like,
     projected,
     query_indices,
@@ -115,7 +116,7 @@ class MultiHeadAttention(Block):
                 nn.init.zeros_(linear.bias)
 
     def _heads(self, x: Tensor, projection: str) -> Tensor:
-        x = projected(getattr(self, projection), x, self.impl) if self.project else x
+        x = projected(getattr(self, projection), x, kernels_only(self.impl)) if self.project else x
         return x.reshape(*x.shape[:2], self.num_heads, x.shape[-1] // self.num_heads).transpose(
             1, 2
         )  # (B, heads, N, width)
@@ -150,7 +151,7 @@ class MultiHeadAttention(Block):
             dropout_p=self.attn_drop if self.training else 0.0,
             impl=self.impl,
         )
-        return projected(self.fc_o, out.transpose(1, 2).flatten(2), self.impl)
+        return projected(self.fc_o, out.transpose(1, 2).flatten(2), kernels_only(self.impl))
 
     def attention_maps(
         self,

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visattn import native
-from visattn.blocks.base import Block, NormLayer, check_map, conv_with_norm, make_norm, plain_conv
+from visattn.blocks.base import Block, NormLayer, check_map, conv_with_norm, convolved, make_norm
 from visattn.errors import check
 from visattn.ops._shared import eager, map_layout, precise
-from visattn.ops.convolution import IMPLEMENTATIONS, grouped_conv2d
+from visattn.ops.convolution import IMPLEMENTATIONS
 from visattn.ops.pyramid_squeeze import pyramid_squeeze, pyramid_weights
 
 __all__ = ["PyramidSqueezeAttention", "PyramidSqueezeBottleneck", "SqueezeWeight"]
@@ -232,23 +232,8 @@ class PyramidSqueezeAttention(Block):
         _init_convs(self)
 
     def _scales(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        features = []
-        for index in range(1, len(self.kernel_size) + 1):
-            conv: nn.Conv2d = getattr(self, f"conv_{index}")
-            if not plain_conv(conv):
-                features.append(conv(x))
-                continue
-            features.append(
-                grouped_conv2d(
-                    x,
-                    conv.weight,
-                    stride=self.stride,
-                    padding=int(conv.padding[0]),
-                    dilation=self.dilation,
-                    groups=conv.groups,
-                    impl=self.impl,
-                )
-            )
+        convs = [getattr(self, f"conv_{index}") for index in range(1, len(self.kernel_size) + 1)]
+        features = [convolved(conv, x, self.impl) for conv in convs]
         means = torch.stack([feature.mean(dim=(2, 3)) for feature in features], dim=1)  # (B, K, C)
         gates = self.se.excite(means.flatten(0, 1)[..., None, None])
         return features, gates.view(means.shape)

@@ -25,6 +25,8 @@ from visattn.blocks.base import (
     affine,
     batch_norm_tensors,
     check_map,
+    conv_numbers,
+    convolved,
     foldable,
     folded,
     has_hooks,
@@ -51,10 +53,7 @@ class _Branch(nn.Module):
 
     def convolved(self, x: Tensor) -> Tensor:
         """Output of the convolution."""
-        conv = self.conv
-        if not plain_conv(conv):
-            return cast(Tensor, conv(x))
-        return grouped_conv2d(x, conv.weight, conv.bias, **self._numbers(), impl=self.impl)
+        return convolved(self.conv, x, self.impl)
 
     def plain_training(self) -> bool:
         """Whether what follows the convolution is a batch norm in training and a ReLU, and no more."""
@@ -78,18 +77,9 @@ class _Branch(nn.Module):
         known = type(self.act) is nn.ReLU and self.impl == "auto" and plain_conv(conv) and foldable(norm)
         if known and precise(x, conv.weight):
             scale, shift = (numbers.to(x.dtype) for numbers in affine(norm, conv.bias))
-            return conv2d_relu(x, conv.weight, scale, shift, **self._numbers())
+            return conv2d_relu(x, conv.weight, scale, shift, **conv_numbers(conv))
         out = self(x)
         return out, out.sum(dim=(2, 3), dtype=torch.promote_types(out.dtype, torch.float32))
-
-    def _numbers(self) -> dict[str, Any]:
-        conv = self.conv
-        return {
-            "stride": conv.stride[0],
-            "padding": int(conv.padding[0]),
-            "dilation": conv.dilation[0],
-            "groups": conv.groups,
-        }
 
 
 class SelectiveKernel(Block):
@@ -274,7 +264,7 @@ class SelectiveKernel(Block):
         hidden = None if self.fc_bn is None else batch_norm_tensors(self.fc_bn)
         fcs = [cast(nn.Linear, fc) for fc in self.fcs]
         gate = Gate(self.fc.weight, self.fc.bias, hidden, [fc.weight for fc in fcs], [fc.bias for fc in fcs])
-        return normed_select(maps, norms, gate)
+        return normed_select(maps, norms, gate, impl=self.impl)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""

@@ -128,7 +128,7 @@ def call(name: str, *arguments: Argument, flops: int) -> None:
     kind = tensors[0].dtype
     for tensor in tensors:  # a kernel would read whatever lies there
         plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_neg()
-        if library is None or not plain or tensor.dtype not in (kind, torch.bool):
+        if library is None or not plain or tensor.dtype not in (kind, torch.uint8):
             raise ValueError(f"visattn.native: {name} was given a tensor of {tensor.device}, {tensor.dtype}")
         if tensor.data_ptr() == 0:
             raise RuntimeError(f"visattn.native: {name} was given a tensor whose memory was freed")

@@ -1,4 +1,4 @@
-"""Softmax attention and its gradients in C: a block of rows of the matrix at a time."""
+"""Softmax attention and its gradients in C: a block of queries and keys at a time."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def fits(query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None = Non
     numbers = [x for x in (query, key, value, weights) if x is not None]
     return (
         all(x.dtype == query.dtype and not x.is_neg() for x in numbers)
+        and (mask is None or mask.dtype == torch.bool)
         and query.dtype in native.DTYPES
         and all(x.device.type == "cpu" and x.layout == torch.strided for x in (*numbers, mask) if x is not None)
         and query.ndim == key.ndim == value.ndim == 4
@@ -39,6 +40,7 @@ def _call(
         raise ValueError(f"visattn.native: {name} was given shapes {[tuple(x.shape) for x in (query, key, value)]}")
     sizes = (*shape, query.shape[3], value.shape[3])
     arrays = [query, key, value, *others]
+    arrays[4] = None if others[1] is None else others[1].view(torch.uint8)
     arrays[3:5] = [None if x is None else x.expand(shape) for x in arrays[3:5]]  # weights and mask
     strides = [step for x in arrays for step in ((0, 0, 0, 0) if x is None else x.stride())]
     native.call(

@@ -18,7 +18,7 @@ __all__ = ["Geometry", "convolve", "convolve_relu", "input_gradient", "weight_gr
 
 
 LEAST_SIDE = 64  # of both matrices of a 1x1 convolution that is taken from torch
-MOST_WIDTH = 256  # channels of a dense 3x3 convolution that is taken from torch, to a quarter of them
+DIRECT_INPUTS, DIRECT_OUTPUTS = 256, 64  # channels up to which sums over taps beat torch without groups
 MOST_STRIDE = 64
 MOST_REACH = 16  # of a kernel, in sides of the map
 
@@ -74,20 +74,25 @@ class Geometry(NamedTuple):
             and len({tensor.dtype for tensor in (x, weight, bias) if tensor is not None}) == 1
         )
 
-    def wide(self, shape: Sequence[int], weight: Tensor) -> str:
-        """The way that beats torch's convolutions for maps of that shape, one group: "" where there is none.
+    def way(self, shape: Sequence[int], weight: Tensor) -> str:
+        """How the kernels compute a convolution of maps of that shape: by "product", "fourier" or "direct" sums.
 
-        A 1x1 convolution is a "product"; others of small maps are faster by "fourier" transforms, see fourier.c; the
-        "direct" sums are where there is little to share, as in pyramid squeeze.
+        A 1x1 convolution without groups is a product; others of small maps are faster by transforms, see fourier.c.
         """
         outputs, width, kernel = weight.shape[:3]
         if not native.leads() or self[:] != (1, kernel // 2, 1, 1) or kernel % 2 == 0:
-            return ""
+            return "direct"
         if kernel == 1:
-            return "product" if min(math.prod(shape[2:]), outputs, width) >= LEAST_SIDE else ""
-        if fourier.pays(shape, weight):
-            return "fourier"
-        return "direct" if kernel == 3 and width <= MOST_WIDTH and outputs <= MOST_WIDTH // 4 else ""
+            return "product" if min(math.prod(shape[2:]), outputs, width) >= LEAST_SIDE else "direct"
+        return "fourier" if fourier.pays(shape, weight) else "direct"
+
+    def beats_torch(self, shape: Sequence[int], weight: Tensor) -> bool:
+        """Whether that is faster than torch where there is but one group."""
+        if self.way(shape, weight) != "direct":
+            return True
+        outputs, width, kernel = weight.shape[:3]
+        narrow = kernel == 3 and width <= DIRECT_INPUTS and outputs <= DIRECT_OUTPUTS
+        return native.leads() and self[:] == (1, 1, 1, 1) and narrow
 
     def sizes(self, shape: torch.Size, weight: Tensor) -> tuple[_Sizes, tuple[int, int, int, int]]:
         """The sizes as C has them, and the shape of the output, for an input of that shape."""
@@ -113,7 +118,7 @@ class Geometry(NamedTuple):
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """`conv2d(x, weight, bias)`."""
-    match geometry.wide(x.shape, weight):
+    match geometry.way(x.shape, weight):
         case "product":
             return _of_maps(weight.flatten(1), x, None if bias is None else bias[:, None])
         case "fourier":
@@ -128,7 +133,7 @@ def convolve_relu(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, geometry: Geometry
 ) -> tuple[Tensor, Tensor]:
     """`relu(scale * conv2d(x, weight) + shift)` and the sums of its maps, (B, C)."""
-    match geometry.wide(x.shape, weight):
+    match geometry.way(x.shape, weight):
         case "product":
             weight = weight.flatten(1) if scale is None else weight.flatten(1) * scale[:, None]
             out = _of_maps(weight, x, None if shift is None else shift[:, None]).relu_()
@@ -143,7 +148,7 @@ def convolve_relu(
 
 def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     """The gradient of an input of that shape."""
-    match geometry.wide(shape, weight):
+    match geometry.way(shape, weight):
         case "product":
             return _of_maps(weight.flatten(1).t(), gradient, None)
         case "fourier":
@@ -156,7 +161,7 @@ def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, geometry
 def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of a weight like `weight`."""
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    match geometry.wide(x.shape, weight):
+    match geometry.way(x.shape, weight):
         case "product":
             for i, (of_out, of_in) in enumerate(zip(gradient.flatten(2), x.flatten(2), strict=True)):
                 multiply(of_out, of_in.t(), out=out.flatten(1), add=i > 0)

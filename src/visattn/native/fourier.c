@@ -25,8 +25,9 @@ typedef struct {
 typedef struct {
   sizes s;
   num size, pairs;                    // of a tile of input: its side, and its pairs of positions or frequencies
-  num down, across, tiles, rows;      // tiles of a map; of some maps; the same, and zeros up to a whole panel
-  num first, maps;                    // those maps
+  num down, across;                   // tiles of a map
+  num first;                          // of the maps at hand
+  num tiles, rows;                    // of these maps; the same with zeros up to a whole panel
   const real *x, *gradient, *weight;  // what there is
   num weight_out, weight_in;          // from a kernel of the weight to the next
   const real *scale, *shift;          // of outputs
@@ -251,7 +252,7 @@ static void weight_steps(void *data) {
   release(memory);
 }
 
-// ----
+// ---- Threads, and maps that are at hand at one time
 
 static bool share(convolution *w, void (*work)(void *), num count, num threads) {
   w->steps = (loop){.count = count};
@@ -274,8 +275,7 @@ static int run(convolution *w, num most, num threads) {
   w->others = w->gradient ? allocate(numbers * out_line) : NULL;
   bool failed = w->spectra == NULL || (w->gradient && w->others == NULL);
   for (w->first = 0; w->first < s->batch && !failed; w->first += maps) {
-    w->maps = min(maps, s->batch - w->first);
-    w->tiles = w->maps * each;
+    w->tiles = min(maps, s->batch - w->first) * each;
     w->rows = round_up(w->tiles, TALL);
     failed = share(w, transform_steps, w->rows * (w->gradient ? in + out : in), threads) ||
              (w->gradient ? share(w, weight_steps, out * ceil_div(s->in, BLOCK), threads)

@@ -1,4 +1,5 @@
-// Matrix products with one short side, as the memories of external attention make them:
+// Matrix products with one short side, as the memories of external attention make them, with what is done to them in
+// the end (large ones without that are in matrices.c):
 //
 //   out[i] = a[i] b[i] (+ addend[i] + bias[:, None], and relu), or their sum over i.
 //

@@ -12,8 +12,9 @@ from visattn.native import call
 
 __all__ = ["MOST_BRANCHES", "combine", "gather", "normalise", "scatter"]
 
+# As in select.c:
 MOST_BRANCHES = 4
-_SUMS = 4
+_SUMS = 4  # of a map, for the backward pass
 
 
 def _sizes(maps: Sequence[Tensor], *vectors: tuple[Tensor, tuple[int, ...]]) -> tuple[int, int, int, int]:

@@ -33,7 +33,8 @@ INLINE void exponentials(vec *x, int count) {
   EACH p[j] = p[j] * x[j] + broadcast(0.5f);
   EACH p[j] = p[j] * x[j] + broadcast(1.f);
   EACH p[j] = p[j] * x[j] + broadcast(1.f);
-  EACH x[j] = (vec)(((ivec)p[j] + ((ivec)power[j] << 23)) & ~none[j]);  // added to the exponent
+  EACH power[j] = (vec)(((ivec)power[j] << 23) + 0x3f800000);
+  EACH x[j] = (vec)((ivec)(p[j] * power[j]) & ~none[j]);
 }
 #undef EACH
 #endif

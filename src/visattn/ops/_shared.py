@@ -24,6 +24,7 @@ __all__ = [
     "need_eager",
     "precise",
     "recording",
+    "result_dtype",
     "upcast",
 ]
 
@@ -59,6 +60,11 @@ def autocasting(x: Tensor) -> bool:
     if kind == "meta":  # which torch has no autocast for, and raises
         return False
     return torch.is_autocast_enabled(kind)
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """The type of what torch's convolutions and linear layers make of `x`."""
+    return torch.get_autocast_dtype(x.device.type) if autocasting(x) else x.dtype
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:

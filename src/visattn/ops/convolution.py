@@ -18,7 +18,6 @@ from visattn.errors import check
 from visattn.native import convolution as kernels
 from visattn.ops._shared import (
     again,
-    autocasting,
     choose,
     differentiate_again,
     eager,
@@ -26,6 +25,7 @@ from visattn.ops._shared import (
     need_eager,
     precise,
     recording,
+    result_dtype,
     upcast,
 )
 
@@ -170,7 +170,7 @@ def _native(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int, groups: int
 ) -> Tensor:
     need_eager("native", x, weight, bias)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocasting(x) else x.dtype
+    dtype = result_dtype(x)
     x, weight = upcast(x), upcast(weight)
     bias = None if bias is None else upcast(bias)
     native.need(x, weight, bias)
@@ -205,7 +205,7 @@ def _merged(
 
 
 def best_form(
-    device: str, *, native: bool, size: int, outputs: int, width: int, groups: int, wide: bool = False
+    device: str, *, native: bool, size: int, outputs: int, width: int, groups: int, beats_torch: bool = False
 ) -> str:
     """The form that "auto" takes, by what measured best on CPUs; on other devices `conv2d` as it is.
 
@@ -216,9 +216,9 @@ def best_form(
         outputs: Output channels of a group.
         width: Input channels of a group.
         groups: Groups.
-        wide: Whether the kernels have a way for one wide group that is faster than torch.
+        beats_torch: Whether the kernels are faster than torch where there is one group.
     """
-    if device != "cpu" or (groups == 1 and not (native and wide)) or outputs == width == 1:
+    if device != "cpu" or (groups == 1 and not (native and beats_torch)) or outputs == width == 1:
         return "reference"
     if native:
         return "native"
@@ -243,7 +243,7 @@ def _choice(
         outputs=weight.shape[0] // groups,
         width=weight.shape[1],
         groups=groups,
-        wide=geometry.wide(x.shape, weight) != "",
+        beats_torch=geometry.beats_torch(x.shape, weight),
     )
 
 
@@ -293,7 +293,8 @@ def grouped_conv2d(
         groups: As in `conv2d`.
         impl: "auto", by sizes and device; "reference", conv2d as it is; "native", the kernels of `visattn.native`, not
             for compilers; "channels_last", in that layout; "merged", narrow groups put together, with zeros between
-            groups, so that an infinity or NaN of one may reach others.
+            groups, so that an infinity or NaN of one may reach others. The kernels take wide convolutions of small maps
+            by Fourier transforms: rounding is then that of the largest value of a 7x7 tile and its surroundings.
 
     Returns:
         (B, D, H', W'), in channels-last layout where the form works in it.

@@ -12,7 +12,17 @@ from torch.nn import functional as F
 from visattn import native
 from visattn.errors import check
 from visattn.native.matrices import multiply
-from visattn.ops._shared import again, choose, differentiate_again, eager, need_eager, precise, recording, upcast
+from visattn.ops._shared import (
+    again,
+    choose,
+    differentiate_again,
+    eager,
+    need_eager,
+    precise,
+    recording,
+    result_dtype,
+    upcast,
+)
 
 __all__ = ["IMPLEMENTATIONS", "linear"]
 
@@ -38,7 +48,7 @@ class _Linear(torch.autograd.Function):
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     need_eager("native", x, weight, bias)
-    dtype = x.dtype
+    dtype = result_dtype(x)
     x, weight, bias = upcast(x), upcast(weight), None if bias is None else upcast(bias)
     native.need(x, weight, bias)
     same = {tensor.dtype for tensor in (x, weight, bias) if tensor is not None} == {x.dtype}

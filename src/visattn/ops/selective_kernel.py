@@ -147,7 +147,7 @@ class Gate(NamedTuple):
         if self.norm is not None:
             hidden = F.relu(_normed(hidden, self.norm))
         pairs = zip(self.weights, self.biases, strict=True)
-        return torch.stack([F.linear(hidden, weight, bias) for weight, bias in pairs], dim=1).softmax(dim=1)
+        return branch_weights(torch.stack([F.linear(hidden, weight, bias) for weight, bias in pairs], dim=1))
 
 
 def _normed(x: Tensor, norm: BatchNorm) -> Tensor:
@@ -163,7 +163,7 @@ def _tensors(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate) -> 
 
 
 class _Numbers(NamedTuple):
-    eps: tuple[float, ...]
+    norms: tuple[BatchNorm, ...]
     hidden: BatchNorm | None
 
 
@@ -175,7 +175,7 @@ class _Parts(NamedTuple):
 
 
 def _parts(tensors: Sequence[Any], numbers: _Numbers, *, update: bool) -> _Parts:
-    branches = len(numbers.eps)
+    branches = len(numbers.norms)
     maps, weights, biases, gate_weights, gate_biases = (
         tuple(tensors[i * branches : (i + 1) * branches]) for i in range(5)
     )
@@ -194,18 +194,22 @@ class _NormedSelect(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, numbers: _Numbers, *tensors: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, numbers: _Numbers, *tensors: Any) -> Tensor:
         parts = _parts(tensors, numbers, update=True)
-        of_norms, descriptor = kernels.normalise(parts.maps, parts.weights, parts.biases, numbers.eps)
+        eps = [norm.eps for norm in numbers.norms]
+        of_norms, descriptor = kernels.normalise(parts.maps, parts.weights, parts.biases, eps)
+        # Here, with those of the hidden norm: a checkpoint's second run ends with this function.
+        for norm, mean, variance in zip(numbers.norms, of_norms[0], of_norms[1], strict=True):
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+            norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
         attention = parts.gate.attention(descriptor)
         out = kernels.combine(parts.maps, attention, numbers=of_norms)
         ctx.save_for_backward(*tensors, of_norms, descriptor, attention)
         ctx.numbers = numbers
-        ctx.mark_non_differentiable(of_norms)
-        return out, of_norms
+        return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         *tensors, of_norms, descriptor, attention = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
         if again(gradient):
@@ -235,7 +239,7 @@ def _normed_plain(numbers: _Numbers) -> Any:
         parts = _parts(tensors, numbers, update=False)
         features = [
             F.relu(F.batch_norm(x, None, None, weight, bias, True, 0.0, eps))
-            for x, weight, bias, eps in zip(*parts[:3], numbers.eps, strict=True)
+            for x, weight, bias, eps in zip(*parts[:3], [norm.eps for norm in numbers.norms], strict=True)
         ]
         attention = parts.gate.attention(_descriptor(features, ()))[..., None, None]
         return sum((attention[:, k] * feature for k, feature in enumerate(features)), torch.zeros_like(features[0]))
@@ -270,13 +274,8 @@ def _normed_native(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gat
         maps=[tuple(one.shape) for one in maps],
     )
     tensors[: len(maps)] = [one.contiguous() for one in maps]
-    numbers = _Numbers(tuple(norm.eps for norm in norms), gate.norm)
-    out: Tensor
-    out, of_norms = _NormedSelect.apply(numbers, *tensors)
-    with torch.no_grad():
-        for norm, mean, variance in zip(norms, of_norms[0], of_norms[1], strict=True):
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-            norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
+    numbers = _Numbers(tuple(norms), gate.norm)
+    out: Tensor = _NormedSelect.apply(numbers, *tensors)
     return out
 
 
