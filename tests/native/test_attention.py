@@ -208,6 +208,7 @@ def test_other_types_are_served_as_by_pieces(dtype):
 
 
 def test_the_choice_is_the_kernel(monkeypatch):
+    monkeypatch.setattr(native, "leads", lambda: True)
     seen = []
     monkeypatch.setattr(_attention, "attend", lambda *x: seen.append(x))
     q = normal(2, 3, 29, 11)
@@ -215,6 +216,8 @@ def test_the_choice_is_the_kernel(monkeypatch):
     assert len(seen) == 1
     multihead_attention(q, q, q, dropout_p=0.5)
     multihead_attention(q.double(), q.double(), q.double())
+    monkeypatch.setattr(native, "leads", lambda: False)
+    multihead_attention(q, q, q)
     assert len(seen) == 1
 
 

@@ -168,12 +168,14 @@ def test_float32_is_as_close_as_the_reference(op, threads):
 def test_the_kernels_run_where_they_can(op, monkeypatch):
     calls = []
     monkeypatch.setattr(products, "_run", lambda *arguments, **_: calls.append(arguments[0]))
-    for impl, dtype, expected in (
-        ("native", torch.float32, True),
-        ("auto", torch.float32, True),
-        ("buffered", torch.float32, False),
-        ("auto", torch.float64, False),
+    for impl, dtype, leads, expected in (
+        ("native", torch.float32, False, True),
+        ("auto", torch.float32, True, True),
+        ("auto", torch.float32, False, False),
+        ("buffered", torch.float32, True, False),
+        ("auto", torch.float64, True, False),
     ):
+        monkeypatch.setattr(native, "leads", lambda leads=leads: leads)
         calls.clear()
         with torch.no_grad():
             op(impl, dtype)[1]()
