@@ -25,7 +25,7 @@ TARGET = SOURCE / "kernels.so"
 # Contractions (a * b + c in one step) are what these kernels are for; no other liberty with arithmetic is taken.
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
-FLAGS += ["-falign-loops=64"]  # the inner loops of products fill two cache lines: on three they take a tenth longer
+FLAGS += ["-falign-loops=64"]  # the inner loops of products then fill two cache lines, not three
 MACHINES = {"x86_64": ["-mavx2", "-mfma"], "aarch64": []}
 
 

@@ -11,7 +11,7 @@ from visattn.ops._shared import BatchNorm
 from visattn.ops.selective_kernel import NORMED_IMPLEMENTATIONS, Gate, normed_select
 from visattn.testing.tolerance import NEIGHBOURS, assert_close_to_exact
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="there is no C compiler: test_calls checks that")
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.MISSING)
 SIZES = [
     (2, 3, 5, 1, 7),
     (1, 2, 3, 2, 3),

@@ -132,27 +132,29 @@ INLINE num block_panel(const problem *p, num key) {
 }
 
 // Keys and values of a panel, while those of the next one are on their way.
-static void pack_forward(work *w, num slot, num panel) {
-  (void)slot;
+INLINE void pack_panel(work *w, num panel, const bool backward) {
   const problem *p = w->p;
   num key = panel * WIDE, keys = min(WIDE, p->keys - key), next = min(WIDE, p->keys - key - keys);
   matrix of_keys = head_of(p->key, w->sample, w->head, key), of_values = head_of(p->value, w->sample, w->head, key);
   foresee(part_of(of_keys, keys, 0), next, p->width);
   foresee(part_of(of_values, keys, 0), next, p->values);
   pack(w->keys_deep + key * p->width, of_keys, keys, p->width);
-  pack_wide(in_block(p, w->values, key, p->value_wide), block_panel(p, key), of_values, keys, p->values);
+  if (backward) {
+    pack_wide(in_block(p, w->keys_wide, key, p->width_wide), block_panel(p, key), of_keys, keys, p->width);
+    pack(w->values + key * p->values, of_values, keys, p->values);
+  } else {
+    pack_wide(in_block(p, w->values, key, p->value_wide), block_panel(p, key), of_values, keys, p->values);
+  }
+}
+
+static void pack_forward(work *w, num slot, num panel) {
+  (void)slot;
+  pack_panel(w, panel, false);
 }
 
 static void pack_backward(work *w, num slot, num panel) {
   (void)slot;
-  const problem *p = w->p;
-  num key = panel * WIDE, keys = min(WIDE, p->keys - key), next = min(WIDE, p->keys - key - keys);
-  matrix of_keys = head_of(p->key, w->sample, w->head, key), of_values = head_of(p->value, w->sample, w->head, key);
-  foresee(part_of(of_keys, keys, 0), next, p->width);
-  foresee(part_of(of_values, keys, 0), next, p->values);
-  pack(w->keys_deep + key * p->width, of_keys, keys, p->width);
-  pack_wide(in_block(p, w->keys_wide, key, p->width_wide), block_panel(p, key), of_keys, keys, p->width);
-  pack(w->values + key * p->values, of_values, keys, p->values);
+  pack_panel(w, panel, true);
 }
 
 // Scores of some rows and keys, weighed and masked, become exponentials relative to the largest of their row. `top` is

@@ -183,7 +183,10 @@ def _parts(tensors: Sequence[Any], numbers: _Numbers, *, update: bool) -> _Parts
     norm = numbers.hidden
     if norm is not None:
         norm = norm._replace(weight=norm_weight, bias=norm_bias)
-        norm = norm if update else norm._replace(running_mean=None, running_var=None)  # type: ignore[arg-type]
+        if (
+            not update
+        ):  # torch's batch norm takes None for statistics that shall stay, though `BatchNorm` always has them
+            norm = norm._replace(running_mean=None, running_var=None)  # type: ignore[arg-type]
     return _Parts(maps, weights, biases, Gate(weight, bias, norm, gate_weights, gate_biases))
 
 
