@@ -8,7 +8,7 @@ import visattn
 from visattn import native
 from visattn.native import select
 from visattn.ops._shared import BatchNorm
-from visattn.ops.selective_kernel import NORMED_IMPLEMENTATIONS, Gate, normed_select
+from visattn.ops.selective_kernel import NORMED_IMPLEMENTATIONS, Convolution, Gate, normed_select, selective_kernel
 from visattn.testing.tolerance import NEIGHBOURS, assert_close_to_exact
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.MISSING)
@@ -93,6 +93,164 @@ def test_float32_is_as_close_as_the_reference(size, threads):
         assert_close_to_exact(got, exact, plain, str(index), neighbours=neighbours)
 
 
+WHOLE = [  # branches as (kernel, dilation), batch, input and output channels of a group, groups, sides, stride
+    ([(3, 1), (3, 2)], 3, 4, 4, 3, (11, 7), 1),
+    ([(3, 1), (5, 1), (1, 1)], 2, 8, 16, 2, (5, 13), 2),
+    ([(3, 2)], 2, 3, 5, 1, (7, 5), 1),
+    ([(1, 1), (3, 1), (3, 3), (7, 1)], 5, 1, 2, 2, (3, 5), 3),
+    ([(3, 1), (3, 2)], 2, 16, 8, 2, (1, 2), 1),
+    ([(3, 1), (3, 2)], 3, 2, 24, 2, (67, 53), 2),
+]
+
+
+def whole(size, impl, dtype, training, *, seed=0, hidden=5, plain=False):
+    """The whole op: output, gradients in training, statistics."""
+    branches, batch, ins, outs, groups, sides, stride = size
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(*shape):
+        return torch.randn(shape, generator=generator).to(dtype).requires_grad_(training)
+
+    def norm(channels, eps):
+        statistics = make(channels).detach(), make(channels).detach().square() + 0.5
+        return BatchNorm(make(channels), make(channels), *statistics, training, 0.2, eps)
+
+    x, channels = make(batch, groups * ins, *sides), groups * outs
+    convs = [
+        Convolution(
+            make(channels, ins, k, k),
+            None if training else make(channels),
+            stride,
+            (k // 2) * dilation,
+            dilation,
+            groups,
+        )
+        for k, dilation in branches
+    ]
+    norms = [None if plain else norm(channels, 1e-3 * (k + 1)) for k in range(len(branches))]
+    of_hidden = None if plain else norm(hidden, 1e-2)
+    weights, biases = [make(channels, hidden) for _ in branches], [make(channels) for _ in branches]
+    gate = Gate(make(hidden, channels), make(hidden), of_hidden, weights, biases, relu=not plain)
+    out = selective_kernel(x, convs, norms, gate, impl=impl)
+    if not training:
+        return [out]
+    vectors = [vector for norm in norms for vector in norm[:2]]
+    wanted = [x, *(conv.weight for conv in convs), *vectors, gate.weight, *of_hidden[:2], *weights, *biases]
+    gradients = torch.autograd.grad(out, wanted, torch.randn(out.shape, generator=generator).to(dtype))
+    return [out, *gradients, *(s for norm in (*norms, of_hidden) for s in norm[2:4])]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("size", WHOLE)
+def test_the_whole_in_float64_is_the_reference(size, training, threads):
+    for index, (got, exact) in enumerate(
+        zip(*(whole(size, impl, torch.float64, training) for impl in ("native", "reference")), strict=True)
+    ):
+        assert torch.allclose(got, exact, rtol=1e-10, atol=1e-10), index
+
+
+@pytest.mark.parametrize("size", WHOLE)
+def test_the_whole_without_norms(size):
+    got, exact = (whole(size, impl, torch.float64, False, plain=True)[0] for impl in ("native", "reference"))
+    assert torch.allclose(got, exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("size", WHOLE)
+def test_the_whole_in_float32_is_as_close_as_the_reference(size, training, threads):
+    kinds = [("native", torch.float32), ("reference", torch.float32), ("reference", torch.float64)]
+
+    def runs(seed):
+        return list(zip(*(whole(size, *kind, training, seed=seed) for kind in kinds), strict=True))
+
+    for index, (got, plain, exact) in enumerate(runs(0)):
+
+        def neighbours(index=index):
+            return [runs(1000 * seed)[index] for seed in range(1, NEIGHBOURS + 1)]
+
+        assert_close_to_exact(got, exact, plain, str(index), neighbours=neighbours)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_whole_is_the_same_with_any_threads(training):
+    before, outs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            outs.append(whole(WHOLE[0], "native", torch.float32, training))
+    finally:
+        torch.set_num_threads(before)
+    for other in outs[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(outs[0], other))
+
+
+def test_a_long_batch_is_inferred_some_samples_at_a_time():
+    size = ([(3, 1), (3, 2)], 37, 4, 8, 8, (23, 41), 1)
+    got, exact = (whole(size, impl, torch.float64, False)[0] for impl in ("native", "reference"))
+    assert got.numel() > 1048576  # more than are at hand at one time, see select_inference.c
+    assert torch.allclose(got, exact, rtol=1e-10, atol=1e-10)
+
+
+def test_second_derivatives_of_the_whole():
+    def derivatives(impl):
+        generator = torch.Generator().manual_seed(0)
+        x, *weights = (
+            torch.randn(shape, generator=generator).double().requires_grad_()
+            for shape in ((2, 4, 3, 5), (6, 2, 3, 3), (6, 2, 3, 3), (3, 6), (6, 3), (6, 3))
+        )
+        convs = [Convolution(weight, None, 1, k, k, 2) for k, weight in enumerate(weights[:2], 1)]
+        ones, zeros = torch.ones(6).double(), torch.zeros(6).double()
+        norms = [BatchNorm(ones, zeros, zeros.clone(), ones.clone(), True) for _ in range(2)]
+        gate = Gate(weights[2], None, None, weights[3:], [zeros, zeros], relu=False)
+        out = selective_kernel(x, convs, norms, gate, impl=impl).square().sum()
+        first = torch.autograd.grad(out, [x, *weights], create_graph=True)
+        return [*first, *torch.autograd.grad(sum(one.square().sum() for one in first), [x, *weights])]
+
+    for a, b in zip(*(derivatives(impl) for impl in ("native", "reference")), strict=True):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_numbers_that_are_none_in_the_whole(value):
+    torch.manual_seed(0)
+    x = normal(3, 12, 11, 7)
+    x[1, 5, 3, 4] = value
+    for training in (False, True):
+        got, wanted = (block(impl=impl).train(training)(x) for impl in ("auto", "reference"))
+        assert torch.equal(got.isfinite(), wanted.isfinite()), training
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_blocks_take_the_whole(mode, monkeypatch):
+    calls = called(monkeypatch)
+    ours, theirs, x = block(), block(impl="reference"), normal(3, 12, 11, 7)
+    if mode == "training":
+        assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+        assert calls == ["convolve_branches", "select_normalise", "select_combine"]
+        return
+    for module in (ours, theirs):
+        module.eval()
+    with torch.no_grad():
+        expected = theirs(x)
+        for module in (ours, visattn.fuse(ours)):
+            assert torch.allclose(module(x), expected, atol=1e-5)
+    assert calls == ["select_infer"] * 2
+    calls.clear()
+    assert torch.allclose(ours(x), expected, atol=1e-5)  # recorded: by torch's norms
+    assert not calls
+
+
+def test_sizes_that_no_kernel_serves_are_refused():
+    x, weight, zeros = normal(2, 4, 5, 7), normal(6, 2, 3, 3), torch.zeros(6)
+    gate = Gate(normal(3, 6), None, None, [normal(6, 3)] * 2, [zeros] * 2)
+    for other in (Convolution(weight, None, 2, 1, 1, 2), Convolution(weight, None, 1, 0, 1, 2)):
+        with pytest.raises(ValueError, match="branches of one shape"):
+            selective_kernel(x, [Convolution(weight, None, 1, 1, 1, 2), other], [None] * 2, gate, impl="native")
+    convs = [Convolution(weight, None, 1, 1, 1, 2)] * 2
+    with pytest.raises(ValueError, match="a selection was given tensors"):
+        selective_kernel(x, convs, [None] * 2, gate._replace(weight=normal(3, 5)), impl="native")
+
+
 def test_the_same_numbers_with_any_threads():
     maps, gradient = (normal(3, 67, 5, 7), normal(3, 67, 5, 7, seed=1)), normal(3, 67, 5, 7, seed=2)
     weights, attention, d_descriptor = normal(67), normal(3, 2, 67).softmax(dim=1), normal(3, 67, seed=3)
@@ -102,9 +260,9 @@ def test_the_same_numbers_with_any_threads():
             torch.set_num_threads(threads)
             numbers, descriptor = select.normalise(maps, (weights, weights), (weights, weights), [1e-5, 1e-3])
             d_attention, sums = select.gather(maps, numbers, gradient)
-            rest = select.scatter(maps, numbers, gradient, attention, sums, d_descriptor)
-            out = select.combine(maps, attention, numbers=numbers)
-            outs.append([numbers, descriptor, d_attention, sums, out, *rest[0], *rest[1:]])
+            *vectors, factors = select.factors(numbers, attention, sums, d_descriptor, 5 * 7)
+            out, d_maps = select.combine(maps, attention, numbers), select.scatter(maps, gradient, factors)
+            outs.append([numbers, descriptor, d_attention, sums, out, *vectors, *factors, *d_maps])
     finally:
         torch.set_num_threads(before)
     for other in outs[1:]:
@@ -244,24 +402,14 @@ def test_a_batch_that_has_no_statistics_is_torchs():
 
 def test_shapes_that_do_not_fit_are_refused():
     maps = (normal(2, 3, 5, 7), normal(2, 3, 5, 7))
-    attention = normal(2, 2, 3)
+    attention, numbers = normal(2, 2, 3), normal(5, 2, 3)
     for wrong in ((maps[0], normal(2, 3, 7, 5)), (maps[0], maps[1].transpose(2, 3).contiguous().transpose(2, 3))):
-        with pytest.raises(ValueError, match="a selection was given maps"):
-            select.combine(wrong, attention)
-    with pytest.raises(ValueError, match="a selection was given maps"):
-        select.combine(maps, attention[:1])
+        with pytest.raises(ValueError, match="a selection was given tensors"):
+            select.combine(wrong, attention, numbers)
+    with pytest.raises(ValueError, match="a selection was given tensors"):
+        select.combine(maps, attention[:1], numbers)
     with pytest.raises(ValueError, match="needs a norm"):
         select.normalise(maps, (torch.ones(3),), (torch.ones(3),), [1e-5])
-
-
-@pytest.mark.parametrize("branches", [1, 2, 3, 4])
-def test_a_sum_may_be_written_over_the_first_map(branches):
-    maps = tuple(normal(2, 3, 5, 7, seed=k) for k in range(branches))
-    attention = normal(2, branches, 3).softmax(dim=1)
-    expected = sum(attention[:, k, :, None, None] * one for k, one in enumerate(maps))
-    assert torch.allclose(select.combine(maps, attention), expected, atol=1e-6)
-    assert select.combine(maps, attention, out=maps[0]) is maps[0]
-    assert torch.allclose(maps[0], expected, atol=1e-6)
 
 
 def test_autocast_in_the_backward_pass_changes_nothing():

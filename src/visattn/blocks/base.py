@@ -190,12 +190,17 @@ def plain_norm(norm: nn.Module) -> bool:
     )
 
 
-def batch_norm_tensors(norm: nn.Module) -> BatchNorm | None:
-    """What an op needs of a plain batch norm, counting its batch; None for every other norm."""
+def batch_norm_tensors(norm: nn.Module, *, count: bool = True) -> BatchNorm | None:
+    """What an op needs of a plain batch norm; None for every other norm.
+
+    Args:
+        norm: Any norm.
+        count: Whether its batch is counted, as a call does in training.
+    """
     if not plain_norm(norm):
         return None
     norm = cast(nn.BatchNorm2d, norm)
-    if norm.training and norm.num_batches_tracked is not None:
+    if count and norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     statistics = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
     return BatchNorm(norm.weight, norm.bias, *statistics, norm.training, cast(float, norm.momentum), norm.eps)

@@ -36,10 +36,19 @@ from visattn.blocks.base import (
     plain_norm,
 )
 from visattn.errors import check
-from visattn.native.select import MOST_BRANCHES
 from visattn.ops._shared import BatchNorm, eager, precise, recording
 from visattn.ops.convolution import IMPLEMENTATIONS, conv2d_relu, grouped_conv2d
-from visattn.ops.selective_kernel import Gate, branch_descriptor, branch_select, branch_weights, normed_select
+from visattn.ops.selective_kernel import (
+    Convolution,
+    Gate,
+    branch_descriptor,
+    branch_select,
+    branch_weights,
+    normed_select,
+    normed_served,
+    whole,
+    whole_way,
+)
 
 __all__ = ["SelectiveKernel"]
 
@@ -55,11 +64,9 @@ class _Branch(nn.Module):
         """Output of the convolution."""
         return convolved(self.conv, x, self.impl)
 
-    def plain_training(self) -> bool:
-        """Whether what follows the convolution is a batch norm in training and a ReLU, and no more."""
-        if has_hooks(self) or type(self.act) is not nn.ReLU or has_hooks(self.act):
-            return False
-        return self.bn.training and plain_norm(self.bn)
+    def plain(self) -> bool:
+        """Whether what follows the convolution is a batch norm and a ReLU, and no more."""
+        return plain_norm(self.bn) and type(self.act) is nn.ReLU and not has_hooks(self.act) and not has_hooks(self)
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm = self.conv, self.bn
@@ -238,41 +245,48 @@ class SelectiveKernel(Block):
         hidden = self._hidden(branch_descriptor(features, sums, impl=self._plainness))
         return features, torch.stack([fc(hidden) for fc in self.fcs], dim=1)  # logits (B, K, C)
 
-    def _plain_training(self, x: Tensor) -> bool:
-        """Whether all that follows the convolutions is known, and nothing else wants to see it."""
-        if self.impl not in ("auto", "native") or not eager(x) or not native.available():
-            return False
-        linears = (self.fc, *self.fcs)
-        if any(type(linear) is not nn.Linear or has_hooks(linear) for linear in linears):
-            return False
-        if not all(cast(_Branch, branch).plain_training() for branch in self.convs):
-            return False
-        parameters = [*self.parameters()]
-        if not precise(x, *parameters) or x.device.type != "cpu" or len(self.convs) > MOST_BRANCHES:
-            return False
-        if self.impl == "auto" and x.dtype != torch.float32:
-            return False
-        if self.fc_bn is None or self.fc_act is None:
-            return x[:, 0].numel() > 1
-        act = type(self.fc_act) is nn.ReLU and not has_hooks(self.fc_act)
-        return act and self.fc_bn.training and plain_norm(self.fc_bn) and len(x) > 1
-
-    def _trained(self, x: Tensor) -> Tensor:
-        branches = [cast(_Branch, branch) for branch in self.convs]
-        maps = [branch.convolved(x) for branch in branches]
-        norms = [cast(BatchNorm, batch_norm_tensors(branch.bn)) for branch in branches]
-        hidden = None if self.fc_bn is None else batch_norm_tensors(self.fc_bn)
+    def _gate(self) -> Gate | None:
+        """The layers between descriptor and logits, if they are known and nothing else sees them."""
         fcs = [cast(nn.Linear, fc) for fc in self.fcs]
-        gate = Gate(self.fc.weight, self.fc.bias, hidden, [fc.weight for fc in fcs], [fc.bias for fc in fcs])
-        return normed_select(maps, norms, gate, impl=self.impl)
+        if any(type(fc) is not nn.Linear or has_hooks(fc) for fc in (self.fc, *fcs)):
+            return None
+        norm, relu = None, self.fc_bn is not None and self.fc_act is not None
+        if relu:
+            norm = batch_norm_tensors(cast(nn.Module, self.fc_bn), count=False)
+            if norm is None or type(self.fc_act) is not nn.ReLU or has_hooks(self.fc_act):
+                return None
+        return Gate(self.fc.weight, self.fc.bias, norm, [fc.weight for fc in fcs], [fc.bias for fc in fcs], relu)
+
+    def _by_kernels(self, x: Tensor) -> Tensor | None:
+        """The output, by kernels for the whole block or for all that follows its convolutions; None without them."""
+        if self.impl not in ("auto", "native") or not eager(x) or not native.available():
+            return None
+        branches, gate = [cast(_Branch, branch) for branch in self.convs], self._gate()
+        if gate is None or not all(branch.plain() for branch in branches):
+            return None
+        norms = [cast(BatchNorm, batch_norm_tensors(branch.bn, count=False)) for branch in branches]
+        if all(plain_conv(branch.conv) for branch in branches):
+            convs = [Convolution(one.conv.weight, one.conv.bias, **conv_numbers(one.conv)) for one in branches]
+            if way := whole_way(x, convs, norms, gate, impl=self.impl):
+                self._count_batch()
+                return whole(x, convs, norms, gate, way)
+        if not normed_served(x, norms, gate, impl=self.impl):
+            return None
+        self._count_batch()
+        return normed_select([branch.convolved(x) for branch in branches], norms, gate, impl=self.impl)
+
+    def _count_batch(self) -> None:
+        for norm in self.modules() if self.training else ():
+            if isinstance(norm, nn.BatchNorm2d) and norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         check_map(self, x, self.channels)
-        if self._plain_training(x):
-            return layout_like(self._trained(x), x)
-        features, logits = self._branches(x)
-        out = branch_select(features, logits, overwrite=self._alone(x), impl=self._plainness)
+        out = self._by_kernels(x)
+        if out is None:
+            features, logits = self._branches(x)
+            out = branch_select(features, logits, overwrite=self._alone(x), impl=self._plainness)
         return layout_like(out, x)
 
     def attention_maps(self, x: Tensor, *, queries: Sequence[tuple[float, float]], **_: Any) -> dict[str, Tensor]:
@@ -299,8 +313,7 @@ class _FusedBranch(nn.Module):
     def __init__(self, branch: _Branch) -> None:
         super().__init__()
         conv, norm = branch.conv, branch.bn
-        self.stride, self.padding, self.dilation = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
-        self.groups, self.act = conv.groups, branch.act
+        self.numbers, self.act = conv_numbers(conv), branch.act
         weight, bias, fold = conv.weight, conv.bias, foldable(norm)
         if fold:
             weight, bias = folded(conv.weight, conv.bias, norm)
@@ -310,22 +323,21 @@ class _FusedBranch(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.norm = nn.Identity() if fold else norm
 
+    def plain(self) -> bool:
+        """Whether a ReLU is all that follows the convolution."""
+        return type(self.act) is nn.ReLU and type(self.norm) is nn.Identity
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Output and its sums over positions."""
-        numbers: dict[str, Any] = {
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "groups": self.groups,
-        }
-        if type(self.act) is nn.ReLU and type(self.norm) is nn.Identity:
-            return conv2d_relu(x, self.weight, None, self.bias, **numbers)
-        out: Tensor = self.act(self.norm(grouped_conv2d(x, self.weight, self.bias, **numbers)))
+        if self.plain():
+            return conv2d_relu(x, self.weight, None, self.bias, **self.numbers)
+        out: Tensor = self.act(self.norm(grouped_conv2d(x, self.weight, self.bias, **self.numbers)))
         return out, out.sum(dim=(2, 3), dtype=torch.promote_types(out.dtype, torch.float32))
 
     def extra_repr(self) -> str:
-        sizes = f"{tuple(self.weight.shape)}, stride={self.stride}"
-        return f"{sizes}, dilation={self.dilation}, groups={self.groups}"
+        return ", ".join(
+            [str(tuple(self.weight.shape)), *(f"{name}={number}" for name, number in self.numbers.items())]
+        )
 
 
 class FusedSelectiveKernel(nn.Module):
@@ -359,7 +371,17 @@ class FusedSelectiveKernel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         check_map(self, x, self.channels)
-        features, sums = zip(*(conv(x) for conv in self.convs), strict=True)
+        plain = self.fc_bn is None and (self.fc_act is None or type(self.fc_act) is nn.ReLU)
+        branches = [cast(_FusedBranch, conv) for conv in self.convs]
+        if plain and all(branch.plain() for branch in branches):
+            convs = [Convolution(conv.weight, conv.bias, **conv.numbers) for conv in branches]
+            weights = self.select_weight.view(len(convs), self.out_channels, -1).unbind()
+            biases = self.select_bias.view(len(convs), -1).unbind()
+            gate = Gate(self.fc_weight, self.fc_bias, None, weights, biases, self.fc_act is not None)
+            norms = [None] * len(convs)
+            if way := whole_way(x, convs, norms, gate):
+                return layout_like(whole(x, convs, norms, gate, way), x)
+        features, sums = zip(*(conv(x) for conv in branches), strict=True)
         hidden = F.linear(branch_descriptor(features, sums), self.fc_weight, self.fc_bias)[..., None, None]
         hidden = hidden if self.fc_bn is None else self.fc_bn(hidden)
         hidden = hidden if self.fc_act is None else self.fc_act(hidden)

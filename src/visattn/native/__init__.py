@@ -20,7 +20,7 @@ from visattn.errors import check
 
 __all__ = ["DTYPES", "MISSING", "available", "call", "flops", "leads", "memory_peak", "need", "served", "sources"]
 
-Argument = Tensor | tuple[Tensor, ...] | ctypes.Structure | ctypes.Array[Any] | int | float | bool | None
+Argument = Tensor | tuple[Tensor | None, ...] | ctypes.Structure | ctypes.Array[Any] | int | float | bool | None
 DTYPES = (torch.float32, torch.float64)
 MISSING = "visattn was installed without its kernels, or its C code has changed since"
 FOLDER = Path(__file__).parent
@@ -107,7 +107,7 @@ def memory_peak() -> int:
 def call(name: str, *arguments: Argument, flops: int) -> None:
     """Call a kernel with pointers to tensors, structures and arrays, numbers, and how many threads in the end.
 
-    Several tensors are one argument, an array of pointers.
+    Several tensors are one argument, an array of pointers; NULL for None.
 
     Args:
         name: Of the kernel, without the type of the numbers, which is that of the first tensor.
@@ -138,7 +138,7 @@ def call(name: str, *arguments: Argument, flops: int) -> None:
         if isinstance(argument, Tensor):
             given.append(ctypes.c_void_p(argument.data_ptr()))
         elif isinstance(argument, tuple):
-            pointers = [tensor.data_ptr() for tensor in argument]
+            pointers = [None if tensor is None else tensor.data_ptr() for tensor in argument]
             given.append(ctypes.byref((ctypes.c_void_p * len(pointers))(*pointers)))
         elif isinstance(argument, ctypes.Structure | ctypes.Array):
             given.append(ctypes.byref(argument))

@@ -7,6 +7,7 @@
 #include "common.h"
 
 #define BUFFER 24576  // numbers of input in a buffer: a part of the cache that a core has for itself
+#define BRANCHES 4    // convolutions that are computed together, at most
 #define WIDEST 12     // sums that a processor with 16 registers holds, with room for what they are made of
 
 typedef struct {
@@ -23,6 +24,30 @@ typedef struct {
   num first, beside;  // the first tap of the same row, and how many there are
 } tap;
 
+// The gradient of maps before norm and ReLU, from the gradient of what a selective kernel makes of them, see select.c:
+// found piece by piece where it is needed, and never written as a whole.
+typedef struct {
+  const real *const *maps, *gradient;
+  const real *of_channels;  // (branches, channels, 5): scale, shift, mean, constant, along
+  const real *of_maps;      // (branches, batch * channels, 2): factor of the gradient, what is added
+} normed;
+
+INLINE const real *normed_gradient(const normed *n, num branch, num channels, num maps, num map, num size, num from,
+                                   num to, real *scratch) {
+  const real *by = n->of_channels + (branch * channels + map % channels) * 5;
+  const real *more = n->of_maps + (branch * maps + map) * 2;
+  const real *c = n->maps[branch] + map * size, *g = n->gradient + map * size;
+  vec scale = broadcast(by[0]), shift = broadcast(by[1]), mean = broadcast(by[2]), constant = broadcast(by[3]);
+  vec along = broadcast(by[4]), factor = broadcast(more[0]), added = broadcast(more[1]);
+#define OF(c, g) \
+  ((vec)((ivec)(factor * (g) + added) & ~(scale * (c) + shift <= broadcast(0))) - (constant + along * ((c) - mean)))
+  num i = from;
+  for (; i + LANES <= to; i += LANES) store(scratch + i, OF(load(c + i), load(g + i)));
+  if (i < to) store_some(scratch + i, OF(load_some(c + i, to - i), load_some(g + i, to - i)), to - i);
+#undef OF
+  return scratch;
+}
+
 typedef struct {
   num split;
   uint64_t used_rows;           // which of the parts a tap meets
@@ -34,12 +59,17 @@ typedef struct {
 INLINE num floor_div(num a, num b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 INLINE num part_of(num a, num b) { return a - b * floor_div(a, b); }
 
-INLINE tap *taps_of(const sizes *s) {
-  num k = s->kernel;
-  tap *taps = malloc(sizeof(tap) * k * k);
-  for (num t = 0; taps && t < k * k; t++)
-    taps[t] = (tap){.weight = t, .row = t / k * s->dilation - s->padding, .column = t % k * s->dilation - s->padding};
-  return taps;
+// How many output channels are computed together.
+INLINE num block_of(num out) {
+  return out % (2 * LANES) == 0 ? 2 * LANES : out % LANES == 0 ? LANES : out % 4 == 0 ? 4 : out % 2 == 0 ? 2 : 1;
+}
+
+// The taps of a kernel, row by row; returns where the next are.
+INLINE tap *taps_of(const sizes *s, tap *to) {
+  for (num t = 0; t < s->kernel * s->kernel; t++)
+    *to++ = (tap){.weight = t, .row = t / s->kernel * s->dilation - s->padding,
+                  .column = t % s->kernel * s->dilation - s->padding};
+  return to;
 }
 
 // The buffer for `rows` rows of `columns` columns of the output.
@@ -101,3 +131,37 @@ INLINE void fill(real *buffer, const layout *l, const real *from, num first) {
     }
   }
 }
+
+// With a stride, each `step`-th row and column of the gradient of an input has its own taps.
+typedef struct {
+  num start, count;  // its taps
+  num column, columns;
+} phase;
+
+// Several convolutions of one input, or the sum of one convolution of each of several inputs. Channels are of a group.
+typedef struct {
+  num branches;
+  bool added;                 // the sum: for the gradient of an input, with sizes and weights as they were forward
+  const sizes *sizes;         // of each branch: kernel, padding and dilation are its own
+  const real *const *x;
+  const normed *normed;       // what to make of x first, or NULL
+  const real *const *weights, *const *scales, *const *shifts;
+  bool relu;
+  real *const *y, *const *sums;
+  // By open_convolution:
+  num batch;
+  num groups, in, out, height, width, out_height, out_width;
+  num count;                  // taps of all branches
+  num step, block, band, bands;
+  num samples, first, now;    // samples at one time, the first of them, and how many they are
+  tap *taps;
+  phase *phases;
+  layout l;
+  uint32_t *at, *places;
+  real *packed, *partial;
+  loop steps;
+} convolution;
+
+bool NAME(open_convolution)(convolution *w, num samples, num threads);
+bool NAME(convolve_samples)(convolution *w, num first, num count, num threads);
+void NAME(close_convolution)(convolution *w);

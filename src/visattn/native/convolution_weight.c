@@ -5,16 +5,14 @@
 #define POSITIONS 1024  // that a sum of the gradient of a weight runs over before the next is begun
 #define AT_ONCE 64      // positions that a sum in registers runs over
 
-// How many output channels are read together.
-static num block_of(num out) {
-  return out % (2 * LANES) == 0 ? 2 * LANES : out % LANES == 0 ? LANES : out % 4 == 0 ? 4 : out % 2 == 0 ? 2 : 1;
-}
-
 typedef struct {
-  sizes s;
-  const real *x, *gradient;
-  real *d_weight;
-  const tap *taps;
+  num branches;
+  const sizes *sizes;  // of each branch
+  sizes s;             // of one: what is the same for all
+  const real *x, *const *gradient;
+  const normed *normed;  // what to make the gradients of, or NULL
+  real *const *d_weight;
+  tap *taps;  // of all branches
   layout l;
   num block;               // output channels read together
   num samples, band, row;  // in the buffers at one time; and how long a row of gradients is there
@@ -127,50 +125,55 @@ static void products(num channels, num count, const gradients *w, const tap_prod
 }
 
 // Rows of gradients of one sample; 8 channels side by side where they are read so.
-static void fill_gradients(const gradients *w, real *gs, num sample, num group, num n, num first, num rows) {
+static void fill_gradients(const gradients *w, num branch, real *gs, real *scratch, num sample, num group, num n,
+                           num first, num rows) {
   const sizes *s = &w->s;
-  num map = s->out_height * s->out_width, g_map = w->samples * w->band * w->row;
-  for (num o = 0; o < s->out; o++) {
-    const real *from = w->gradient + ((sample * s->groups + group) * s->out + o) * map + first * s->out_width;
+  num channels = s->groups * s->out, map = s->out_height * s->out_width, start = first * s->out_width;
+  num block = w->block, together = block < LANES ? 1 : LANES, g_map = w->samples * w->band * w->row;
+  for (num o = 0; o < s->out; o += together) {
+    num at = sample * channels + group * s->out + o;
+    const real *from = w->gradient[branch] + at * map;
+    for (num c = 0; w->normed && c < together; c++)
+      normed_gradient(w->normed, branch, channels, s->batch * channels, at + c, map, start,
+                      start + rows * s->out_width, scratch + c * map);
+    from = (w->normed ? scratch : from) + start;
     for (num q = 0; q < rows; q++, from += s->out_width) {
-      num at = (n * w->band + q) * w->row;
-      if (w->block < LANES) {
-        copy(gs + o * g_map + at, from, s->out_width);
-      } else if (o % LANES == 0) {
-        num block = w->block;
-        real *to = gs + o / block * block * g_map + at * block + o % block;
-        num j = 0;
-        for (; j + LANES <= s->out_width; j += LANES) {
-          vec r[LANES];
-          UNROLL for (int c = 0; c < LANES; c++) r[c] = load(from + c * map + j);
-          transpose(r);
-          UNROLL for (int c = 0; c < LANES; c++) store(to + (j + c) * block, r[c]);
-        }
-        for (; j < s->out_width; j++)
-          for (int c = 0; c < LANES; c++) to[j * block + c] = from[c * map + j];
+      num row = (n * w->band + q) * w->row;
+      if (block < LANES) {
+        copy(gs + o * g_map + row, from, s->out_width);
+        continue;
       }
+      real *to = gs + o / block * block * g_map + row * block + o % block;
+      num j = 0;
+      for (; j + LANES <= s->out_width; j += LANES) {
+        vec r[LANES];
+        UNROLL for (int c = 0; c < LANES; c++) r[c] = load(from + c * map + j);
+        transpose(r);
+        UNROLL for (int c = 0; c < LANES; c++) store(to + (j + c) * block, r[c]);
+      }
+      for (; j < s->out_width; j++)
+        for (int c = 0; c < LANES; c++) to[j * block + c] = from[c * map + j];
     }
   }
 }
 
 // What a piece of rows of some samples adds to the gradient of a part of the input channels.
-static void add_products(const gradients *w, const real *gs, const real *xs, num channels, num samples, num first,
-                         num rows, real *d_weight) {
-  const sizes *s = &w->s;
+static void add_products(const gradients *w, const sizes *s, const tap *taps_of_branch, const real *gs, const real *xs,
+                         num channels, num samples, num first, num rows, real *d_weight) {
   num k = s->kernel, widest = w->block == 4 ? 3 : w->block == 2 ? 5 : w->block > LANES ? (k % 5 ? 4 : 5) : 9;
   tap_product p = {.g_map = w->samples * w->band * w->row, .x_map = w->samples * w->l.channel, .samples = samples,
                .g_sample = w->band * w->row * (w->block < LANES ? 1 : w->block),
                .out_channel = s->in * k * k, .in_channel = k * k};
   for (num o = 0; o < s->out; o += w->block)
     for (num r = 0; r < k; r++) {
-      num up = w->taps[r * k].row, tiles = ceil_div(k, widest);
+      num up = taps_of_branch[r * k].row, tiles = ceil_div(k, widest);
       p.from = 0, p.to = rows;
       while (p.from < p.to && (first + p.from) * s->stride + up < 0) p.from++;
       while (p.to > p.from && (first + p.to - 1) * s->stride + up >= s->height) p.to--;
       for (num t = 0; t < tiles; t++) {
         num t0 = k * t / tiles, taps = k * (t + 1) / tiles - t0, together = 1;
         for (num c = 0; c < channels; c += together) {
-          p.g = gs + o * p.g_map, p.x = xs + c * p.x_map, p.taps = w->taps + r * k + t0;
+          p.g = gs + o * p.g_map, p.x = xs + c * p.x_map, p.taps = taps_of_branch + r * k + t0;
           p.out = d_weight + (o * s->in + c) * k * k;
           num left = channels - c;
           if (w->block == LANES) together = taps <= 3 && left >= 4 ? 4 : taps <= 5 && left >= 2 ? 2 : 1;
@@ -184,57 +187,81 @@ static void add_products(const gradients *w, const real *gs, const real *xs, num
 static void gradient_steps(void *data) {
   gradients *w = data;
   const sizes *s = &w->s;
-  num count = s->kernel * s->kernel, map = s->height * s->width;
-  num x_size = ceil_div(s->in, w->parts) * w->samples * w->l.channel + 2 * LANES;
+  num map = s->height * s->width, x_size = ceil_div(s->in, w->parts) * w->samples * w->l.channel + 2 * LANES;
   num g_size = s->out * w->samples * w->band * w->row;
   real *xs = allocate(x_size), *gs = allocate(g_size);
-  if (xs == NULL || gs == NULL) {
+  real *scratch = allocate(w->normed ? LANES * s->out_height * s->out_width : 0);
+  if (xs == NULL || gs == NULL || scratch == NULL) {
     __atomic_store_n(&w->steps.failed, true, __ATOMIC_RELAXED);
   } else {
     memset(xs, 0, sizeof(real) * x_size);
     memset(gs, 0, sizeof(real) * g_size);
     for (num i; (i = next_step(&w->steps)) < w->steps.count;) {
       num group = i / w->parts, c0 = s->in * (i % w->parts) / w->parts, c1 = s->in * (i % w->parts + 1) / w->parts;
-      real *d_weight = w->d_weight + (group * s->out * s->in + c0) * count;
-      for (num o = 0; o < s->out; o++) memset(d_weight + o * s->in * count, 0, sizeof(real) * (c1 - c0) * count);
       for (num b = 0; b < s->batch; b += w->samples)
         for (num first = 0; first < s->out_height; first += w->band) {
           num samples = min(w->samples, s->batch - b), rows = min(w->band, s->out_height - first);
-          for (num n = 0; n < samples; n++) {
-            fill_gradients(w, gs, b + n, group, n, first, rows);
+          for (num n = 0; n < samples; n++)
             for (num c = c0; c < c1; c++)
               fill(xs + ((c - c0) * w->samples + n) * w->l.channel, &w->l,
                    w->x + (((b + n) * s->groups + group) * s->in + c) * map, first);
+          const tap *taps = w->taps;
+          for (num k = 0; k < w->branches; k++) {
+            num count = w->sizes[k].kernel * w->sizes[k].kernel;
+            real *d_weight = w->d_weight[k] + (group * s->out * s->in + c0) * count;
+            for (num o = 0; b + first == 0 && o < s->out; o++)
+              memset(d_weight + o * s->in * count, 0, sizeof(real) * (c1 - c0) * count);
+            for (num n = 0; n < samples; n++) fill_gradients(w, k, gs, scratch, b + n, group, n, first, rows);
+            add_products(w, w->sizes + k, taps, gs, xs, c1 - c0, samples, first, rows, d_weight);
+            taps += count;
           }
-          add_products(w, gs, xs, c1 - c0, samples, first, rows, d_weight);
         }
     }
   }
   release(xs);
   release(gs);
+  release(scratch);
+}
+
+static int weight_gradients(gradients *w, num threads) {
+  const sizes *s = w->sizes;
+  num count = 0;
+  for (num k = 0; k < w->branches; k++) count += s[k].kernel * s[k].kernel;
+  w->s = *s;
+  w->taps = malloc(sizeof(tap) * count);
+  if (w->taps == NULL) return 1;
+  tap *taps = w->taps;
+  for (num k = 0; k < w->branches; k++) taps = taps_of(s + k, taps);
+  w->block = block_of(s->out);
+  w->row = w->block >= LANES ? s->out_width : ceil_div(s->out_width, LANES) * LANES;
+  num positions = w->block >= LANES ? POSITIONS : LANES * POSITIONS;  // a lane of a row has an eighth of them
+  w->samples = max(1, min(s->batch, POSITIONS / (s->out_height * w->row)));
+  w->band = max(1, min(s->out_height, positions / w->row));
+  w->parts = min(s->in, ceil_div(4 * threads, s->groups));
+  for (int i = 0; i < LANES; i++) w->inside[i] = w->row - LANES + i < s->out_width ? -1 : 0;
+  w->steps.count = s->groups * w->parts;
+  w->l = lay_out(w->taps, count, s->stride, s->height, s->width, w->band, s->out_width);
+  num many = w->block >= LANES ? w->band * w->row : 0;
+  w->x_at = malloc(sizeof(uint32_t) * (many + 1));
+  w->steps.failed = w->x_at == NULL || w->samples * w->l.channel > UINT32_MAX;
+  for (num i = 0; !w->steps.failed && i < many; i++) w->x_at[i] = i / w->row * w->l.row + i % w->row;
+  if (!w->steps.failed) GOMP_parallel(gradient_steps, w, (unsigned)min(threads, w->steps.count), 0);
+  free(w->x_at);
+  free(w->taps);
+  return w->steps.failed;
 }
 
 PUBLIC int NAME(convolve_weight_gradient)(const real *x, const real *gradient, real *d_weight, const sizes *s,
                                           num threads) {
-  num count = s->kernel * s->kernel;
-  tap *taps = taps_of(s);
-  if (taps == NULL) return 1;
-  gradients w = {.s = *s, .x = x, .gradient = gradient, .d_weight = d_weight, .taps = taps};
-  w.block = block_of(s->out);
-  w.row = w.block >= LANES ? s->out_width : ceil_div(s->out_width, LANES) * LANES;
-  num positions = w.block >= LANES ? POSITIONS : LANES * POSITIONS;  // a lane of a row has an eighth of them
-  w.samples = max(1, min(s->batch, POSITIONS / (s->out_height * w.row)));
-  w.band = max(1, min(s->out_height, positions / w.row));
-  w.parts = min(s->in, ceil_div(4 * threads, s->groups));
-  for (int i = 0; i < LANES; i++) w.inside[i] = w.row - LANES + i < s->out_width ? -1 : 0;
-  w.steps.count = s->groups * w.parts;
-  w.l = lay_out(taps, count, s->stride, s->height, s->width, w.band, s->out_width);
-  num many = w.block >= LANES ? w.band * w.row : 0;
-  w.x_at = malloc(sizeof(uint32_t) * (many + 1));
-  w.steps.failed = w.x_at == NULL || w.samples * w.l.channel > UINT32_MAX;
-  for (num i = 0; !w.steps.failed && i < many; i++) w.x_at[i] = i / w.row * w.l.row + i % w.row;
-  if (!w.steps.failed) GOMP_parallel(gradient_steps, &w, min(threads, w.steps.count), 0);
-  free(w.x_at);
-  free(taps);
-  return w.steps.failed;
+  gradients w = {.branches = 1, .sizes = s, .x = x, .gradient = &gradient, .d_weight = &d_weight};
+  return weight_gradients(&w, threads);
+}
+
+// The gradients of the weights of a selective kernel's branches.
+PUBLIC int NAME(select_weight_gradients)(num branches, const real *x, const real *const *maps, const real *gradient,
+                                         const real *of_channels, const real *of_maps, real *const *d_weights,
+                                         const sizes *s, num threads) {
+  normed of = {maps, gradient, of_channels, of_maps};
+  gradients w = {.branches = branches, .sizes = s, .x = x, .gradient = maps, .normed = &of, .d_weight = d_weights};
+  return weight_gradients(&w, threads);
 }

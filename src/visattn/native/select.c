@@ -7,7 +7,7 @@
 //
 // The gradient of f[k] is a[k] g + p, with g that of `out` and p, one number per sample and channel, that of the
 // descriptor. So all others follow from four sums over each map, and a is needed only after they are known.
-#include "common.h"
+#include "convolution.h"
 
 #include <math.h>
 
@@ -24,8 +24,9 @@ typedef struct {
   real *out, *sums;           // (batch, branches, channels, SUMS)
   real *d_attention;          // (batch, branches, channels)
   const real *d_descriptor;   // (batch, channels)
-  real *const *d_maps;
   real *d_weights, *d_biases;  // (branches, channels)
+  real *of_channels, *of_maps;  // see `normed`
+  real *const *d_maps;
   bool normed;
   num together;  // maps or channels in a step
   loop steps;
@@ -214,44 +215,27 @@ static void gather_map(const selection *s, num branch, num map, const ends *e) {
   s->d_attention[at] = (real)totals[SUMS];
 }
 
-// The gradient of one channel of a branch. That of batch norm's input is the gradient of its output with the mean and
-// the part along x taken away, times the scale.
-static void scatter_channel(const selection *s, num branch, num channel) {
-  num size = s->positions;
-  ends e = ends_of(size);
-  double d_weight = 0, d_bias = 0, count = (double)s->batch * (double)size;
+// What the gradient of one channel of a branch is made of, see `normed`. That of batch norm's input is the gradient of
+// its output with the mean and the part along x taken away, times the scale.
+static void factors_of_channel(const selection *s, num branch, num channel) {
+  double d_weight = 0, d_bias = 0, count = (double)s->batch * (double)s->positions;
+  double by = *numbers(s, SCALE, branch, channel);
   for (num b = 0; b < s->batch; b++) {
-    num at = (b * s->branches + branch) * s->channels + channel;
+    num at = (b * s->branches + branch) * s->channels + channel, map = b * s->channels + channel;
     const real *sums = s->sums + at * SUMS;
-    double a = s->attention[at], p = s->d_descriptor[b * s->channels + channel] / (double)size;
+    double a = s->attention[at], p = s->d_descriptor[map] / (double)s->positions;
+    real *to = s->of_maps + (branch * s->batch * s->channels + map) * 2;
+    to[0] = (real)(by * a), to[1] = (real)(by * p);
     if (sums[0] == 0) continue;  // numbers that are none do not come through either
     d_bias += a * sums[2] + p * sums[0];
     d_weight += a * sums[3] + p * sums[1];
   }
   s->d_weights[branch * s->channels + channel] = (real)d_weight;
   s->d_biases[branch * s->channels + channel] = (real)d_bias;
-  double by = *numbers(s, SCALE, branch, channel);
-  vec scale = broadcast((real)by), shift = broadcast(*numbers(s, SHIFT, branch, channel));
-  vec mean = broadcast(*numbers(s, MEAN, branch, channel)), constant = broadcast((real)(by * d_bias / count));
-  vec along = broadcast((real)(by * *numbers(s, INVERSE, branch, channel) * d_weight / count));
-  for (num b = 0; b < s->batch; b++) {
-    num map = b * s->channels + channel;
-    const real *from = s->maps[branch] + map * size, *gradient = s->gradient + map * size;
-    real *to = s->d_maps[branch] + map * size;
-    vec a = broadcast((real)(by * s->attention[(b * s->branches + branch) * s->channels + channel]));
-    vec p = broadcast((real)(by * s->d_descriptor[map] / (double)size));
-#define OF(c, g) \
-  ((vec)((ivec)(a * (g) + p) & ~(scale * (c) + shift <= broadcast(0))) - (constant + along * ((c) - mean)))
-    for (num i = 0; i < e.whole; i += LANES) {
-      vec c = load(from + i);
-      store(to + i, OF(c, load(gradient + i)));
-    }
-    if (e.whole < size) {
-      vec c = load_last(from, &e);
-      store_last(to, OF(c, load_last(gradient, &e)), &e);
-    }
-#undef OF
-  }
+  real *to = s->of_channels + (branch * s->channels + channel) * 5;
+  to[0] = (real)by, to[1] = *numbers(s, SHIFT, branch, channel), to[2] = *numbers(s, MEAN, branch, channel);
+  to[3] = (real)(by * d_bias / count);
+  to[4] = (real)(by * *numbers(s, INVERSE, branch, channel) * d_weight / count);
 }
 
 static void normalise_steps(void *data) {
@@ -275,11 +259,21 @@ static void gather_steps(void *data) {
       for (num k = 0; k < s->branches; k++) gather_map(s, k, map, &e);
 }
 
-static void scatter_steps(void *data) {
+static void factor_steps(void *data) {
   selection *s = data;
   for (num i; (i = next_step(&s->steps)) < s->steps.count;)
     for (num k = 0; k < s->branches; k++)
-      for (num c = i * s->together; c < min((i + 1) * s->together, s->channels); c++) scatter_channel(s, k, c);
+      for (num c = i * s->together; c < min((i + 1) * s->together, s->channels); c++) factors_of_channel(s, k, c);
+}
+
+static void scatter_steps(void *data) {
+  selection *s = data;
+  num maps = s->batch * s->channels, size = s->positions;
+  normed of = {s->maps, s->gradient, s->of_channels, s->of_maps};
+  for (num i; (i = next_step(&s->steps)) < s->steps.count;)
+    for (num map = i * s->together; map < min((i + 1) * s->together, maps); map++)
+      for (num k = 0; k < s->branches; k++)
+        normed_gradient(&of, k, s->channels, maps, map, size, 0, size, s->d_maps[k] + map * size);
 }
 
 static int by_channel(selection *s, void (*body)(void *), num threads) {
@@ -322,13 +316,21 @@ PUBLIC int NAME(select_gather)(num branches, num batch, num channels, num positi
   return by_map(&s, gather_steps, threads);
 }
 
-// The gradients of the maps and of the norms' weights and biases.
+// The gradients of the norms' weights and biases, and the factors that those of the maps are made with.
+PUBLIC int NAME(select_factors)(num branches, num batch, num channels, num positions, real *numbers,
+                                const real *attention, real *sums, const real *d_descriptor, real *d_weights,
+                                real *d_biases, real *of_channels, real *of_maps, num threads) {
+  selection s = {branches, batch, channels, positions, .numbers = numbers, .attention = attention, .sums = sums,
+                 .d_descriptor = d_descriptor, .d_weights = d_weights, .d_biases = d_biases,
+                 .of_channels = of_channels, .of_maps = of_maps};
+  return by_channel(&s, factor_steps, threads);
+}
+
+// The gradients of the maps.
 PUBLIC int NAME(select_scatter)(num branches, num batch, num channels, num positions, const real *const *maps,
-                                real *numbers, const real *gradient, const real *attention, real *sums,
-                                const real *d_descriptor, real *const *d_maps, real *d_weights, real *d_biases,
+                                const real *gradient, real *of_channels, real *of_maps, real *const *d_maps,
                                 num threads) {
-  selection s = {branches, batch, channels, positions, .maps = maps, .numbers = numbers, .gradient = gradient,
-                 .attention = attention, .sums = sums, .d_descriptor = d_descriptor, .d_maps = d_maps,
-                 .d_weights = d_weights, .d_biases = d_biases};
-  return by_channel(&s, scatter_steps, threads);
+  selection s = {branches, batch, channels, positions, .maps = maps, .gradient = gradient,
+                 .of_channels = of_channels, .of_maps = of_maps, .d_maps = d_maps};
+  return by_map(&s, scatter_steps, threads);
 }

@@ -5,26 +5,48 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from visattn.native import call
+from visattn.native.convolution import Geometry
 
-__all__ = ["MOST_BRANCHES", "combine", "gather", "normalise", "scatter"]
+__all__ = [
+    "MOST_BRANCHES",
+    "Convolutions",
+    "Factors",
+    "Norm",
+    "combine",
+    "convolve",
+    "factors",
+    "gather",
+    "infer",
+    "input_gradient",
+    "normalise",
+    "scatter",
+    "weight_gradients",
+]
 
 # As in select.c:
 MOST_BRANCHES = 4
 _SUMS = 4  # of a map, for the backward pass
 
 
+def _check(tensors: Sequence[tuple[Tensor | None, Sequence[int]]]) -> None:
+    given = [(tensor, tuple(shape)) for tensor, shape in tensors if tensor is not None]
+    if any(tensor.shape != shape or not tensor.is_contiguous() for tensor, shape in given):
+        shapes = [(tuple(tensor.shape), shape) for tensor, shape in given]
+        raise ValueError(f"visattn.native: a selection was given tensors and their shapes {shapes}")
+
+
 def _sizes(maps: Sequence[Tensor], *vectors: tuple[Tensor, tuple[int, ...]]) -> tuple[int, int, int, int]:
     """Branches, batch, channels and positions, after a look at all shapes."""
     first = maps[0]
-    fit = len(maps) <= MOST_BRANCHES and first.dim() == 4 and first.numel() > 0
-    fit = fit and all(one.shape == first.shape and one.is_contiguous() for one in maps)
-    if not fit or any(tensor.shape != shape or not tensor.is_contiguous() for tensor, shape in vectors):
-        shapes = [tuple(tensor.shape) for tensor in (*maps, *(tensor for tensor, _ in vectors))]
-        raise ValueError(f"visattn.native: a selection was given maps and vectors {shapes}")
+    if len(maps) > MOST_BRANCHES or first.dim() != 4 or first.numel() == 0:
+        raise ValueError(f"visattn.native: a selection was given maps {[tuple(one.shape) for one in maps]}")
+    _check([*((one, tuple(first.shape)) for one in maps), *vectors])
     return len(maps), first.shape[0], first.shape[1], math.prod(first.shape[2:])
 
 
@@ -55,27 +77,23 @@ def normalise(
     return numbers, descriptor
 
 
-def combine(
-    maps: tuple[Tensor, ...], attention: Tensor, *, numbers: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """`sum_k attention_k map_k`, or of `relu(norm_k(map_k))` where the norms' numbers are given.
+def combine(maps: tuple[Tensor, ...], attention: Tensor, numbers: Tensor) -> Tensor:
+    """`sum_k attention_k relu(norm_k(map_k))`.
 
     Args:
         maps: K times (B, C, H, W), contiguous.
         attention: (B, K, C), contiguous.
         numbers: By `normalise`.
-        out: Where to, which may be the first map.
     """
-    out = maps[0].new_empty(maps[0].shape) if out is None else out
+    out = maps[0].new_empty(maps[0].shape)
     branches, (batch, channels) = len(maps), maps[0].shape[:2]
-    vectors = [(attention, (batch, branches, channels)), (out, tuple(maps[0].shape))]
-    vectors += [] if numbers is None else [(numbers, (5, branches, channels))]
+    vectors = [(attention, (batch, branches, channels)), (numbers, (5, branches, channels))]
     call("select_combine", *_sizes(maps, *vectors), maps, numbers, attention, out, flops=0)
     return out
 
 
 def gather(maps: tuple[Tensor, ...], numbers: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of `attention` (B, K, C), and sums that `scatter` takes.
+    """The gradient of `attention` (B, K, C), and sums that `factors` takes.
 
     Args:
         maps: What was combined.
@@ -89,35 +107,169 @@ def gather(maps: tuple[Tensor, ...], numbers: Tensor, gradient: Tensor) -> tuple
     return d_attention, sums
 
 
-def scatter(
-    maps: tuple[Tensor, ...],
-    numbers: Tensor,
-    gradient: Tensor,
-    attention: Tensor,
-    sums: Tensor,
-    d_descriptor: Tensor,
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """The gradients of the maps, and those of the norms' weights and biases, both (K, C).
+class Factors(NamedTuple):
+    """What the gradients of maps are made with, see `normed` in convolution.h.
+
+    Attributes:
+        of_channels: (K, C, 5).
+        of_maps: (K, B, C, 2).
+    """
+
+    of_channels: Tensor
+    of_maps: Tensor
+
+
+def factors(
+    numbers: Tensor, attention: Tensor, sums: Tensor, d_descriptor: Tensor, positions: int
+) -> tuple[Tensor, Tensor, Factors]:
+    """The gradients of the norms' weights and biases, both (K, C), and what those of the maps are made with.
 
     Args:
-        maps: What was combined.
         numbers: By `normalise`.
-        gradient: Of the result, contiguous.
         attention: (B, K, C), contiguous.
         sums: By `gather`.
         d_descriptor: The gradient of what `normalise` returned, (B, C), contiguous.
+        positions: Of a map.
     """
-    shape = (maps[0].shape[0], len(maps), maps[0].shape[1])
+    batch, branches, channels = attention.shape
+    given = [(numbers, (5, branches, channels)), (sums, (*attention.shape, _SUMS)), (d_descriptor, (batch, channels))]
+    _check([(attention, attention.shape), *given])
+    d_weights, d_biases = numbers.new_empty(branches, channels), numbers.new_empty(branches, channels)
+    found = Factors(numbers.new_empty(branches, channels, 5), numbers.new_empty(branches, batch, channels, 2))
+    sizes = branches, batch, channels, positions
+    call("select_factors", *sizes, numbers, attention, sums, d_descriptor, d_weights, d_biases, *found, flops=0)
+    return d_weights, d_biases, found
+
+
+def _sizes_with(maps: Sequence[Tensor], gradient: Tensor, by: Factors) -> tuple[int, int, int, int]:
+    branches, (batch, channels) = len(maps), maps[0].shape[:2]
+    of = [(by.of_channels, (branches, channels, 5)), (by.of_maps, (branches, batch, channels, 2))]
+    return _sizes(maps, (gradient, tuple(maps[0].shape)), *of)
+
+
+def scatter(maps: tuple[Tensor, ...], gradient: Tensor, by: Factors) -> tuple[Tensor, ...]:
+    """The gradients of the maps.
+
+    Args:
+        maps: What was combined.
+        gradient: Of the result, contiguous.
+        by: By `factors`.
+    """
     d_maps = tuple(one.new_empty(one.shape) for one in maps)
-    d_weights, d_biases = numbers.new_empty(shape[1:]), numbers.new_empty(shape[1:])
-    sizes = _sizes(
-        maps,
-        (gradient, tuple(maps[0].shape)),
-        (numbers, (5, *shape[1:])),
-        (attention, shape),
-        (sums, (*shape, _SUMS)),
-        (d_descriptor, (shape[0], shape[2])),
+    call("select_scatter", *_sizes_with(maps, gradient, by), maps, gradient, *by, d_maps, flops=0)
+    return d_maps
+
+
+class Convolutions(NamedTuple):
+    """Several convolutions of one input whose outputs have one shape."""
+
+    weights: tuple[Tensor, ...]
+    geometries: tuple[Geometry, ...]
+
+    def sizes(self, shape: torch.Size) -> tuple[ctypes.Array[Any], torch.Size, int]:
+        """The sizes as C has them, the shape of an output and the FLOPs, for an input of that shape."""
+        found = [geometry.sizes(shape, one) for geometry, one in zip(self.geometries, self.weights, strict=True)]
+        outputs = {out for _, out in found}
+        alike = {(one.shape[:2], geometry.stride, geometry.groups) for one, geometry in zip(*self, strict=True)}
+        if len(found) > MOST_BRANCHES or len(outputs) > 1 or len(alike) > 1:
+            raise ValueError(f"visattn.native: branches of different sizes {[tuple(x.shape) for x in self.weights]}")
+        every = (type(found[0][0]) * len(found))(*(sizes for sizes, _ in found))
+        return every, torch.Size(outputs.pop()), sum(sizes.flops for sizes, _ in found)
+
+
+def convolve(x: Tensor, convs: Convolutions) -> tuple[Tensor, ...]:
+    """The branches' maps.
+
+    Args:
+        x: (B, C, H, W), contiguous.
+        convs: With contiguous weights.
+    """
+    sizes, shape, flops = convs.sizes(x.shape)
+    _check([(x, x.shape), *((one, one.shape) for one in convs.weights)])
+    maps = tuple(x.new_empty(shape) for _ in convs.weights)
+    call("convolve_branches", len(maps), x, convs.weights, maps, sizes, flops=flops)
+    return maps
+
+
+def input_gradient(
+    shape: torch.Size, convs: Convolutions, maps: tuple[Tensor, ...], gradient: Tensor, by: Factors
+) -> Tensor:
+    """The gradient of the input, of that shape; other arguments as `scatter` has them."""
+    sizes, of_maps, flops = convs.sizes(shape)
+    _check([*((one, of_maps) for one in maps), *((one, one.shape) for one in convs.weights)])
+    _sizes_with(maps, gradient, by)
+    out = gradient.new_empty(shape)
+    call("select_input_gradient", len(maps), convs.weights, maps, gradient, *by, out, sizes, flops=flops)
+    return out
+
+
+def weight_gradients(
+    x: Tensor, convs: Convolutions, maps: tuple[Tensor, ...], gradient: Tensor, by: Factors
+) -> tuple[Tensor, ...]:
+    """The gradients of the weights; other arguments as `scatter` has them."""
+    sizes, of_maps, flops = convs.sizes(x.shape)
+    _check([(x, x.shape), *((one, of_maps) for one in maps)])
+    _sizes_with(maps, gradient, by)
+    out = tuple(gradient.new_empty(one.shape) for one in convs.weights)
+    call("select_weight_gradients", len(maps), x, maps, gradient, *by, out, sizes, flops=flops)
+    return out
+
+
+class Norm(NamedTuple):
+    """A layer's bias and the batch norm of eval mode behind it, all of which may be missing."""
+
+    before: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+    eps: float = 0.0
+
+
+def infer(
+    x: Tensor,
+    convs: Convolutions,
+    norms: Sequence[Norm],
+    hidden: tuple[Tensor, Norm, bool],
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+) -> Tensor:
+    """A whole selective kernel in inference.
+
+    Args:
+        x: (B, C, H, W), contiguous.
+        convs: The branches; their norms end in a ReLU.
+        norms: K of them.
+        hidden: The layer that all branches share: weight, norm, and whether a ReLU follows.
+        weights: K times (C', hidden).
+        biases: K times (C',) or None.
+    """
+    sizes, shape, flops = convs.sizes(x.shape)
+    weight, norm, relu = hidden
+    channels, size, branches = shape[1], len(weight), len(convs.weights)
+    vectors: list[tuple[Tensor | None, Sequence[int]]] = [(x, x.shape), (weight, (size, channels))]
+    vectors += [(one, one.shape) for one in convs.weights] + [(one, (channels, size)) for one in weights]
+    vectors += [(one, (channels,)) for one in (*(one for given in norms for one in given[:5]), *biases)]
+    _check([*vectors, *((one, (size,)) for one in norm[:5])])
+    if not branches == len(norms) == len(weights) == len(biases):
+        raise ValueError("visattn.native: every branch needs a norm and a layer for its logits")
+    given = tuple(one for some in (*norms, norm) for one in some[:5])
+    eps = (ctypes.c_double * (branches + 1))(*(some.eps for some in (*norms, norm)))
+    out = x.new_empty(shape)
+    call(
+        "select_infer",
+        branches,
+        sizes,
+        x,
+        convs.weights,
+        given,
+        eps,
+        size,
+        relu,
+        weight,
+        weights,
+        biases,
+        out,
+        flops=flops,
     )
-    given = (maps, numbers, gradient, attention, sums, d_descriptor, d_maps, d_weights, d_biases)
-    call("select_scatter", *sizes, *given, flops=0)
-    return d_maps, d_weights, d_biases
+    return out

@@ -8,8 +8,8 @@ https://github.com/xmu-xiaoma666/External-Attention-pytorch at d75848e40233ed56f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from visattn import native
 from visattn.errors import check
 from visattn.native import select as kernels
+from visattn.native.convolution import Geometry
 from visattn.ops._shared import (
     BatchNorm,
     again,
@@ -27,10 +28,24 @@ from visattn.ops._shared import (
     full_precision,
     need_eager,
     precise,
+    recording,
     upcast,
 )
 
-__all__ = ["NORMED_IMPLEMENTATIONS", "Gate", "branch_descriptor", "branch_select", "branch_weights", "normed_select"]
+__all__ = [
+    "NORMED_IMPLEMENTATIONS",
+    "WHOLE_IMPLEMENTATIONS",
+    "Convolution",
+    "Gate",
+    "branch_descriptor",
+    "branch_select",
+    "branch_weights",
+    "normed_select",
+    "normed_served",
+    "selective_kernel",
+    "whole",
+    "whole_way",
+]
 
 
 def branch_weights(logits: Tensor) -> Tensor:
@@ -130,22 +145,24 @@ class Gate(NamedTuple):
     Attributes:
         weight: (hidden, C), of the layer that all branches share.
         bias: (hidden,) or None.
-        norm: Of its output, with a ReLU behind it, or None.
+        norm: Of its output, or None.
         weights: K times (C, hidden).
-        biases: K times (C,).
+        biases: K times (C,) or None.
+        relu: Whether a ReLU comes before the last layers.
     """
 
     weight: Tensor
     bias: Tensor | None
     norm: BatchNorm | None
     weights: Sequence[Tensor]
-    biases: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    relu: bool = True
 
     def attention(self, descriptor: Tensor) -> Tensor:
         """(B, K, C), a softmax over K."""
         hidden = F.linear(descriptor, self.weight, self.bias)
-        if self.norm is not None:
-            hidden = F.relu(_normed(hidden, self.norm))
+        hidden = hidden if self.norm is None else _normed(hidden, self.norm)
+        hidden = F.relu(hidden) if self.relu else hidden
         pairs = zip(self.weights, self.biases, strict=True)
         return branch_weights(torch.stack([F.linear(hidden, weight, bias) for weight, bias in pairs], dim=1))
 
@@ -155,20 +172,84 @@ def _normed(x: Tensor, norm: BatchNorm) -> Tensor:
     return F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
 
 
-def _tensors(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate) -> list[Tensor | None]:
+class _Tape(NamedTuple):
+    """What the gradients of a gate need beside its arguments."""
+
+    before: Tensor  # the hidden vector as its layer leaves it
+    saved: Sequence[Tensor]  # of the norm
+    hidden: Tensor
+    attention: Tensor
+
+
+def _attend(gate: Gate, descriptor: Tensor) -> _Tape:
+    """`Gate.attention`, for `_attend_backward`."""
+    hidden = before = F.linear(descriptor, gate.weight, gate.bias)
+    saved: Sequence[Tensor] = ()
+    if gate.norm is not None:
+        weight, bias, mean, variance, training, momentum, eps = gate.norm
+        hidden, *saved = torch.native_batch_norm(before, weight, bias, mean, variance, training, momentum, eps)
+    hidden = hidden.relu() if gate.relu else hidden
+    pairs = zip(gate.weights, gate.biases, strict=True)
+    logits = torch.stack([F.linear(hidden, weight, bias) for weight, bias in pairs], dim=1)
+    return _Tape(before, saved, hidden, logits.softmax(dim=1))
+
+
+def _attend_backward(gate: Gate, descriptor: Tensor, tape: _Tape, d_attention: Tensor) -> list[Tensor | None]:
+    """Gradients of the descriptor and of all tensors of the gate, in the order of `_tensors`.
+
+    By hand: autograd would take as long as the kernels for a small map.
+    """
+    before, saved, hidden, attention = tape
+    d_logits = torch._softmax_backward_data(d_attention, attention, 1, attention.dtype)
+    d_weights, d_hidden = [], torch.zeros_like(hidden)
+    d_biases = [None if one is None else d_logits[:, k].sum(dim=0) for k, one in enumerate(gate.biases)]
+    for weight, of_branch in zip(gate.weights, d_logits.unbind(1), strict=True):
+        d_weights.append(of_branch.t() @ hidden)
+        d_hidden.addmm_(of_branch, weight)
+    if gate.relu:
+        d_hidden = torch.ops.aten.threshold_backward(d_hidden, hidden, 0)
+    vectors: Sequence[Tensor | None] = (None, None)
+    if gate.norm is not None:
+        norm = gate.norm
+        d_hidden, *vectors = torch.ops.aten.native_batch_norm_backward(
+            d_hidden, before, norm.weight, None, None, *saved, True, norm.eps, [True, True, True]
+        )
+    d_bias = None if gate.bias is None else d_hidden.sum(dim=0)
+    return [d_hidden @ gate.weight, *d_weights, *d_biases, d_hidden.t() @ descriptor, d_bias, *vectors]
+
+
+class Convolution(NamedTuple):
+    """What `torch.nn.functional.conv2d` takes, with one number for both directions."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+
+    @property
+    def geometry(self) -> Geometry:
+        """All but the tensors."""
+        return Geometry(*self[2:])
+
+
+def _tensors(sources: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate) -> list[Tensor | None]:
     """All that has a gradient, in one row: `_parts` takes it apart."""
     hidden = (None, None) if gate.norm is None else gate.norm[:2]
     vectors = [norm.weight for norm in norms] + [norm.bias for norm in norms]
-    return [*maps, *vectors, *gate.weights, *gate.biases, gate.weight, gate.bias, *hidden]
+    return [*sources, *vectors, *gate.weights, *gate.biases, gate.weight, gate.bias, *hidden]
 
 
 class _Numbers(NamedTuple):
     norms: tuple[BatchNorm, ...]
     hidden: BatchNorm | None
+    relu: bool  # of the small network
+    geometries: tuple[Geometry, ...] | None  # of convolutions of one map, or None for maps
 
 
 class _Parts(NamedTuple):
-    maps: tuple[Tensor, ...]
+    sources: tuple[Tensor, ...]  # maps, or weights of convolutions
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
     gate: Gate
@@ -176,7 +257,7 @@ class _Parts(NamedTuple):
 
 def _parts(tensors: Sequence[Any], numbers: _Numbers, *, update: bool) -> _Parts:
     branches = len(numbers.norms)
-    maps, weights, biases, gate_weights, gate_biases = (
+    sources, weights, biases, gate_weights, gate_biases = (
         tuple(tensors[i * branches : (i + 1) * branches]) for i in range(5)
     )
     weight, bias, norm_weight, norm_bias = tensors[5 * branches :]
@@ -187,62 +268,79 @@ def _parts(tensors: Sequence[Any], numbers: _Numbers, *, update: bool) -> _Parts
             not update
         ):  # torch's batch norm takes None for statistics that shall stay, though `BatchNorm` always has them
             norm = norm._replace(running_mean=None, running_var=None)  # type: ignore[arg-type]
-    return _Parts(maps, weights, biases, Gate(weight, bias, norm, gate_weights, gate_biases))
+    return _Parts(sources, weights, biases, Gate(weight, bias, norm, gate_weights, gate_biases, numbers.relu))
 
 
 class _NormedSelect(torch.autograd.Function):
-    """From the convolutions' outputs to the weighted sum, by kernels that read each of them four times in all.
+    """From a map, or the outputs of its convolutions, to the weighted sum, by kernels that read these outputs seldom.
 
-    Nothing as large as a map is kept but these outputs; the small network runs again in the backward pass.
+    Nothing as large as a map is kept but these outputs, and of the gradients none but the input's is written.
     """
 
     @staticmethod
-    def forward(ctx: Any, numbers: _Numbers, *tensors: Any) -> Tensor:
+    def forward(ctx: Any, numbers: _Numbers, x: Tensor | None, *tensors: Any) -> Tensor:
         parts = _parts(tensors, numbers, update=True)
+        maps = parts.sources
+        if x is not None and numbers.geometries is not None:
+            maps = kernels.convolve(x, kernels.Convolutions(parts.sources, numbers.geometries))
         eps = [norm.eps for norm in numbers.norms]
-        of_norms, descriptor = kernels.normalise(parts.maps, parts.weights, parts.biases, eps)
+        of_norms, descriptor = kernels.normalise(maps, parts.weights, parts.biases, eps)
         # Here, with those of the hidden norm: a checkpoint's second run ends with this function.
         for norm, mean, variance in zip(numbers.norms, of_norms[0], of_norms[1], strict=True):
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
             norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
-        attention = parts.gate.attention(descriptor)
-        out = kernels.combine(parts.maps, attention, numbers=of_norms)
-        ctx.save_for_backward(*tensors, of_norms, descriptor, attention)
+        tape = _attend(parts.gate, descriptor)
+        out = kernels.combine(maps, tape.attention, of_norms)
+        small = (of_norms, descriptor, tape.before, tape.hidden, tape.attention, *tape.saved)
+        ctx.save_for_backward(x, *tensors, *small, *(() if x is None else maps))
         ctx.numbers = numbers
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        *tensors, of_norms, descriptor, attention = ctx.saved_tensors
+        numbers: _Numbers = ctx.numbers
+        branches = len(numbers.norms)
+        x, *saved = ctx.saved_tensors
+        tensors, saved = saved[: 5 * branches + 4], saved[5 * branches + 4 :]
         needed = ctx.needs_input_grad[1:]
         if again(gradient):
-            return None, *differentiate_again(_normed_plain(ctx.numbers), tensors, needed, gradient)
-        parts, gradient = _parts(tensors, ctx.numbers, update=False), gradient.contiguous()
-        branches = len(parts.maps)
-        d_attention, sums = kernels.gather(parts.maps, of_norms, gradient)
-        with torch.enable_grad(), full_precision(gradient):  # through matrices and vectors alone
-            leaves = [None if one is None else one.detach().requires_grad_() for one in tensors[3 * branches :]]
-            leaf = descriptor.detach().requires_grad_()
-            gate = _parts([*tensors[: 3 * branches], *leaves], ctx.numbers, update=False).gate
-            wanted = [leaf, *(one for one in leaves if one is not None)]
-            d_descriptor, *rest = torch.autograd.grad(gate.attention(leaf), wanted, d_attention)
-        found: Iterator[Tensor] = iter(rest)
-        d_gate = [None if one is None else next(found) for one in leaves]
-        d_maps: Sequence[Tensor | None] = [None] * branches
+            return None, *differentiate_again(_normed_plain(numbers), [x, *tensors], needed, gradient)
+        parts, gradient = _parts(tensors, numbers, update=False), gradient.contiguous()
+        maps = parts.sources
+        if x is not None:
+            saved, maps = saved[:-branches], tuple(saved[-branches:])
+        of_norms, descriptor, before, hidden, attention, *of_hidden = saved
+        d_attention, sums = kernels.gather(maps, of_norms, gradient)
+        with full_precision(gradient):
+            tape = _Tape(before, of_hidden, hidden, attention)
+            d_descriptor, *d_gate = _attend_backward(parts.gate, descriptor, tape, d_attention)
+        d_x: Tensor | None = None
+        d_sources: Sequence[Tensor | None] = [None] * branches
         d_norms: Sequence[Tensor | None] = [None] * (2 * branches)
-        if any(needed[: 3 * branches]):
-            given = (gradient, attention, sums, d_descriptor.contiguous())
-            d_maps, *vectors = kernels.scatter(parts.maps, of_norms, *given)
+        if any(needed[: 3 * branches + 1]):
+            positions = gradient[0, 0].numel()
+            *vectors, by = kernels.factors(of_norms, attention, sums, cast(Tensor, d_descriptor), positions)
             d_norms = [one for rows in vectors for one in rows.unbind()]
-        return None, *d_maps, *d_norms, *d_gate
+            if x is None:
+                d_sources = kernels.scatter(maps, gradient, by) if any(needed[1 : branches + 1]) else d_sources
+            else:
+                convs = kernels.Convolutions(parts.sources, cast(Any, numbers.geometries))
+                d_x = kernels.input_gradient(x.shape, convs, maps, gradient, by) if needed[0] else None
+                if any(needed[1 : branches + 1]):
+                    d_sources = kernels.weight_gradients(x, convs, maps, gradient, by)
+        return None, d_x, *d_sources, *d_norms, *d_gate
 
 
 def _normed_plain(numbers: _Numbers) -> Any:
-    def plain(*tensors: Any) -> Tensor:
+    def plain(x: Tensor | None, *tensors: Any) -> Tensor:
         parts = _parts(tensors, numbers, update=False)
+        maps: Sequence[Tensor] = parts.sources
+        if x is not None and numbers.geometries is not None:
+            pairs = zip(parts.sources, numbers.geometries, strict=True)
+            maps = [F.conv2d(x, weight, None, *geometry) for weight, geometry in pairs]
         features = [
-            F.relu(F.batch_norm(x, None, None, weight, bias, True, 0.0, eps))
-            for x, weight, bias, eps in zip(*parts[:3], [norm.eps for norm in numbers.norms], strict=True)
+            F.relu(F.batch_norm(one, None, None, weight, bias, True, 0.0, norm.eps))
+            for one, weight, bias, norm in zip(maps, parts.weights, parts.biases, numbers.norms, strict=True)
         ]
         attention = parts.gate.attention(_descriptor(features, ()))[..., None, None]
         return sum((attention[:, k] * feature for k, feature in enumerate(features)), torch.zeros_like(features[0]))
@@ -250,19 +348,26 @@ def _normed_plain(numbers: _Numbers) -> Any:
     return plain
 
 
-def _normed_reference(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate) -> Tensor:
-    features = torch.stack([F.relu(_normed(x, norm)) for x, norm in zip(maps, norms, strict=True)], dim=1)
+def _normed_reference(maps: Sequence[Tensor], norms: Sequence[BatchNorm | None], gate: Gate) -> Tensor:
+    normed = (x if norm is None else _normed(x, norm) for x, norm in zip(maps, norms, strict=True))
+    features = torch.stack([F.relu(x) for x in normed], dim=1)
     attention = gate.attention(features.sum(dim=1).mean(dim=(2, 3)))
     return (features * attention[..., None, None]).sum(dim=1)
 
 
-def _served(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate) -> bool:
-    """Whether the kernels are for these maps: batches of more than one value, with statistics of their own."""
-    shape = maps[0].shape
-    batched = all(norm.training for norm in norms) and shape.numel() > shape[1]
+def _trained(shape: torch.Size, norms: Sequence[BatchNorm], gate: Gate) -> bool:
+    """Whether the kernels are for maps of that shape: batches of more than one value, with statistics of their own."""
+    batched = len(shape) == 4 and all(norm.training for norm in norms) and shape.numel() > shape[1]
     hidden = gate.norm is None or (gate.norm.training and shape[0] > 1)
-    alike = len(shape) == 4 and all(one.shape == shape for one in maps) and len(maps) <= kernels.MOST_BRANCHES
-    return alike and batched and hidden and all(norm.weight.shape == shape[1:2] == norm.bias.shape for norm in norms)
+    few = len(norms) <= kernels.MOST_BRANCHES
+    return few and batched and hidden and all(norm.weight.shape == shape[1:2] == norm.bias.shape for norm in norms)
+
+
+def _for_kernels(impl: str, *tensors: Tensor | None) -> bool:
+    """Whether an implementation may take the kernels for these tensors."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    known = native.available() and given[0].device.type == "cpu" and eager(*given) and precise(*given)
+    return known and (impl == "native" or (impl == "auto" and given[0].dtype == torch.float32))
 
 
 def _normed_native(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate) -> Tensor:
@@ -270,24 +375,28 @@ def _normed_native(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gat
     need_eager("native", *tensors)
     native.need(*tensors)
     check(
-        _served(maps, norms, gate),
+        len({one.shape for one in maps}) == 1 and _trained(maps[0].shape, norms, gate),
         "impl='native'",
         f"the kernels are for at most {kernels.MOST_BRANCHES} maps of one shape, with norms in training",
         remedy="Leave impl at 'auto'.",
         maps=[tuple(one.shape) for one in maps],
     )
     tensors[: len(maps)] = [one.contiguous() for one in maps]
-    numbers = _Numbers(tuple(norms), gate.norm)
-    out: Tensor = _NormedSelect.apply(numbers, *tensors)
+    out: Tensor = _NormedSelect.apply(_Numbers(tuple(norms), gate.norm, gate.relu, None), None, *tensors)
     return out
 
 
 def _normed_auto(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate) -> Tensor:
-    tensors = [tensor for tensor in _tensors(maps, norms, gate) if tensor is not None]
-    known = native.available() and maps[0].device.type == "cpu" and maps[0].dtype == torch.float32
-    if known and eager(*tensors) and precise(*tensors) and _served(maps, norms, gate):
+    alike = len({one.shape for one in maps}) == 1 and _trained(maps[0].shape, norms, gate)
+    if alike and _for_kernels("auto", *_tensors(maps, norms, gate)):
         return _normed_native(maps, norms, gate)
     return _normed_reference(maps, norms, gate)
+
+
+def normed_served(x: Tensor, norms: Sequence[BatchNorm], gate: Gate, *, impl: str = "auto") -> bool:
+    """Whether `normed_select` takes the kernels for what convolutions will make of `x`."""
+    shape = torch.Size([len(x), len(norms[0].weight), *x.shape[2:]])
+    return _trained(shape, norms, gate) and _for_kernels(impl, *_tensors([x], norms, gate))
 
 
 _NORMED = {"auto": _normed_auto, "reference": _normed_reference, "native": _normed_native}
@@ -312,8 +421,125 @@ def normed_select(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate
     Example:
         >>> ones, zeros, w = torch.ones(6), torch.zeros(6), torch.randn(6, 6)
         >>> norms = [BatchNorm(ones, zeros, zeros.clone(), ones.clone(), training=True) for _ in range(2)]
-        >>> gate = Gate(w, None, None, [w, w], [zeros, zeros])
+        >>> gate = Gate(w, None, None, [w, w], [zeros, zeros], relu=False)
         >>> normed_select([torch.randn(2, 6, 3, 5), torch.randn(2, 6, 3, 5)], norms, gate).shape
         torch.Size([2, 6, 3, 5])
     """
     return choose("normed_select", impl, _NORMED)(maps, norms, gate)
+
+
+def _way(x: Tensor, convs: Sequence[Convolution], norms: Sequence[BatchNorm | None], gate: Gate) -> str:
+    """How the kernels compute a whole selective kernel: in "training" or "inference"; "" where they do not."""
+    geometries = [conv.geometry for conv in convs]
+    pairs = list(zip(convs, geometries, strict=True))
+    if len(convs) > kernels.MOST_BRANCHES or not all(one.fits(x, conv.weight, conv.bias) for conv, one in pairs):
+        return ""
+    alike = {
+        (conv.weight.shape[:2], conv.stride, conv.groups, one.sizes(x.shape, conv.weight)[1]) for conv, one in pairs
+    }
+    if len(alike) > 1 or any(one.way(x.shape, conv.weight) != "direct" for conv, one in pairs):
+        return ""
+    shape = torch.Size(alike.pop()[3])
+    every = [*norms, *([] if gate.norm is None else [gate.norm])]
+    if all(norm is not None and norm.training for norm in every):
+        trained = all(conv.bias is None for conv in convs) and _trained(shape, cast(Any, norms), gate)
+        return "training" if trained else ""
+    tensors = [tensor for conv in convs for tensor in conv[:2]] + [t for norm in every if norm for t in norm[:4]]
+    frozen = all(norm is None or (not norm.training and norm.weight.shape == shape[1:2]) for norm in norms)
+    frozen = frozen and (gate.norm is None or not gate.norm.training)
+    unseen = not recording(x, *tensors, gate.weight, gate.bias, *gate.weights, *gate.biases)
+    return "inference" if frozen and unseen else ""
+
+
+def whole(x: Tensor, convs: Sequence[Convolution], norms: Sequence[BatchNorm | None], gate: Gate, way: str) -> Tensor:
+    """`selective_kernel` by the kernels, in the way that `whole_way` told."""
+    x, weights = x.contiguous(), tuple(conv.weight.contiguous() for conv in convs)
+    geometries = tuple(conv.geometry for conv in convs)
+    if way == "training":
+        given = cast(Sequence[BatchNorm], norms)
+        numbers = _Numbers(tuple(given), gate.norm, gate.relu, geometries)
+        out: Tensor = _NormedSelect.apply(numbers, x, *_tensors(weights, given, gate))
+        return out
+    known = [_norm_of(conv.bias, norm) for conv, norm in zip(convs, norms, strict=True)]
+    hidden = gate.weight.contiguous(), _norm_of(gate.bias, gate.norm), gate.relu
+    rows = tuple(one.contiguous() for one in gate.weights)
+    return kernels.infer(x, kernels.Convolutions(weights, geometries), known, hidden, rows, tuple(gate.biases))
+
+
+def _norm_of(before: Tensor | None, norm: BatchNorm | None) -> kernels.Norm:
+    return kernels.Norm(before) if norm is None else kernels.Norm(before, *norm[:4], norm.eps)
+
+
+def _whole_reference(x: Tensor, convs: Sequence[Convolution], norms: Sequence[BatchNorm | None], gate: Gate) -> Tensor:
+    return _normed_reference([F.conv2d(x, *conv) for conv in convs], norms, gate)
+
+
+def _whole_native(x: Tensor, convs: Sequence[Convolution], norms: Sequence[BatchNorm | None], gate: Gate) -> Tensor:
+    tensors = [x, *(tensor for conv in convs for tensor in conv[:2]), gate.weight, *gate.weights]
+    need_eager("native", *tensors)
+    native.need(*tensors)
+    way = _way(x, convs, norms, gate)
+    check(
+        way != "",
+        "impl='native'",
+        f"the kernels are for at most {kernels.MOST_BRANCHES} branches of one shape, either with all norms in training "
+        "and no biases, or with none in training and no gradient",
+        remedy="Leave impl at 'auto'.",
+        x=tuple(x.shape),
+        weights=[tuple(conv.weight.shape) for conv in convs],
+    )
+    return whole(x, convs, norms, gate, way)
+
+
+def _whole_auto(x: Tensor, convs: Sequence[Convolution], norms: Sequence[BatchNorm | None], gate: Gate) -> Tensor:
+    way = whole_way(x, convs, norms, gate)
+    return whole(x, convs, norms, gate, way) if way else _whole_reference(x, convs, norms, gate)
+
+
+def whole_way(
+    x: Tensor, convs: Sequence[Convolution], norms: Sequence[BatchNorm | None], gate: Gate, *, impl: str = "auto"
+) -> str:
+    """How an implementation of `selective_kernel` takes the kernels: "training", "inference", or "", not at all."""
+    tensors = [x, *(tensor for conv in convs for tensor in conv[:2]), *(t for norm in norms if norm for t in norm[:4])]
+    tensors += [gate.weight, gate.bias, *gate.weights, *gate.biases, *(gate.norm[:4] if gate.norm else ())]
+    if not _for_kernels(impl, *tensors):
+        return ""
+    faster = (conv.groups > 1 or conv.geometry.beats_torch(x.shape, conv.weight) for conv in convs)
+    return _way(x, convs, norms, gate) if impl == "native" or all(faster) else ""
+
+
+_WHOLE = {"auto": _whole_auto, "reference": _whole_reference, "native": _whole_native}
+WHOLE_IMPLEMENTATIONS = native.served(_WHOLE)
+
+
+def selective_kernel(
+    x: Tensor,
+    convs: Sequence[Convolution],
+    norms: Sequence[BatchNorm | None],
+    gate: Gate,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """`normed_select` of what convolutions make of `x`.
+
+    Args:
+        x: (B, C, H, W).
+        convs: K convolutions.
+        norms: K batch norms; in training their running statistics are updated. None for a ReLU alone.
+        gate: What makes the weights.
+        impl: "auto"; "reference"; "native", kernels in C for the branches as one: in inference no map of a branch
+            leaves the cache, in training no gradient of one is written.
+
+    Returns:
+        (B, C', H', W').
+
+    Raises:
+        ValueError: Unknown `impl`, or one that cannot serve the arguments.
+
+    Example:
+        >>> w, b = torch.randn(6, 6), torch.zeros(6)
+        >>> convs = [Convolution(torch.randn(6, 2, 3, 3), padding=k, dilation=k, groups=3) for k in (1, 2)]
+        >>> selective_kernel(torch.randn(2, 6, 3, 5), convs, [None, None], Gate(w, None, None, [w, w], [b, b])).shape
+        torch.Size([2, 6, 3, 5])
+    """
+    return choose("selective_kernel", impl, _WHOLE)(x, convs, norms, gate)
