@@ -8,7 +8,8 @@ import visattn
 from visattn import native
 from visattn.native import select
 from visattn.ops._shared import BatchNorm
-from visattn.ops.selective_kernel import NORMED_IMPLEMENTATIONS, Convolution, Gate, normed_select, selective_kernel
+from visattn.ops.convolution import Convolution
+from visattn.ops.selective_kernel import NORMED_IMPLEMENTATIONS, Gate, normed_select, selective_kernel
 from visattn.testing.tolerance import NEIGHBOURS, assert_close_to_exact
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.MISSING)

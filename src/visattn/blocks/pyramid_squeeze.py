@@ -16,11 +16,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visattn import native
-from visattn.blocks.base import Block, NormLayer, check_map, conv_with_norm, convolved, make_norm
+from visattn.blocks.base import (
+    Block,
+    NormLayer,
+    check_map,
+    conv_numbers,
+    conv_with_norm,
+    convolved,
+    has_hooks,
+    layout_like,
+    make_norm,
+    plain_conv,
+)
 from visattn.errors import check
 from visattn.ops._shared import eager, map_layout, precise
-from visattn.ops.convolution import IMPLEMENTATIONS
-from visattn.ops.pyramid_squeeze import pyramid_squeeze, pyramid_weights
+from visattn.ops.convolution import IMPLEMENTATIONS, Convolution
+from visattn.ops.pyramid_squeeze import Squeeze, attend, attention_forms, pyramid_squeeze, pyramid_weights
 
 __all__ = ["PyramidSqueezeAttention", "PyramidSqueezeBottleneck", "SqueezeWeight"]
 
@@ -231,6 +242,20 @@ class PyramidSqueezeAttention(Block):
         self.se.reset_parameters()
         _init_convs(self)
 
+    def _known(self) -> tuple[list[Convolution], Squeeze] | None:
+        """What the layers compute, if they are known and nothing else sees them."""
+        convs = [getattr(self, f"conv_{index}") for index in range(1, len(self.kernel_size) + 1)]
+        fc1, fc2, gate = self.se.fc1, self.se.fc2, self.se.gate
+        plain = type(self.se) is SqueezeWeight and not any(has_hooks(module) for module in (self.se, gate))
+        plain = (
+            plain and type(gate) in (nn.Sigmoid, nn.Identity) and all(plain_conv(conv) for conv in (*convs, fc1, fc2))
+        )
+        ones = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+        if not plain or any(conv_numbers(fc) != ones or fc.kernel_size != (1, 1) for fc in (fc1, fc2)):
+            return None
+        squeeze = Squeeze(fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias, type(gate) is nn.Sigmoid)
+        return [Convolution(conv.weight, conv.bias, **conv_numbers(conv)) for conv in convs], squeeze
+
     def _scales(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         convs = [getattr(self, f"conv_{index}") for index in range(1, len(self.kernel_size) + 1)]
         features = [convolved(conv, x, self.impl) for conv in convs]
@@ -241,6 +266,9 @@ class PyramidSqueezeAttention(Block):
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         check_map(self, x, self.channels)
+        known = self._known()
+        if known is not None and (forms := attention_forms(x, *known, impl=self.impl)):
+            return layout_like(attend(x, *known, forms), x)
         layout = map_layout(x)
         # Converted once to the layout that most scales are computed in, the map serves them all.
         if self.impl == "auto" and x.device.type == "cpu" and eager(x):

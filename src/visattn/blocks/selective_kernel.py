@@ -37,9 +37,8 @@ from visattn.blocks.base import (
 )
 from visattn.errors import check
 from visattn.ops._shared import BatchNorm, eager, precise, recording
-from visattn.ops.convolution import IMPLEMENTATIONS, conv2d_relu, grouped_conv2d
+from visattn.ops.convolution import IMPLEMENTATIONS, Convolution, conv2d_relu, grouped_conv2d
 from visattn.ops.selective_kernel import (
-    Convolution,
     Gate,
     branch_descriptor,
     branch_select,

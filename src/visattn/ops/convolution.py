@@ -7,7 +7,8 @@ torch's convolutions of other shapes.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from visattn.ops._shared import (
     upcast,
 )
 
-__all__ = ["IMPLEMENTATIONS", "best_form", "conv2d_relu", "grouped_conv2d"]
+__all__ = ["IMPLEMENTATIONS", "Convolution", "best_form", "conv2d_relu", "gradients", "grouped_conv2d"]
 
 _LANES = 8  # channels in a group from which the kernels of a CPU work at full width
 _BAND = 800  # positions after which a sum of a weight's gradient is begun anew
@@ -94,6 +95,22 @@ def _weight_gradient(
     return total
 
 
+class Convolution(NamedTuple):
+    """What `torch.nn.functional.conv2d` takes, with one number for both directions."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+
+    @property
+    def geometry(self) -> kernels.Geometry:
+        """All but the tensors."""
+        return kernels.Geometry(*self[2:])
+
+
 class _Convolution(torch.autograd.Function):
     """A grouped convolution whose gradients come from the kernels that are fast for them, whatever the forward used."""
 
@@ -126,9 +143,7 @@ class _Convolution(torch.autograd.Function):
             return (*plain, gradient.sum(dim=(0, 2, 3)) if ctx.bias else None, None, None, None, None, None)
         d_x = d_weight = None
         if ctx.native:
-            geometry = kernels.Geometry(stride, padding, dilation, groups)
-            d_x = kernels.input_gradient(gradient, weight, x.shape, geometry) if needed[0] else None
-            d_weight = kernels.weight_gradient(x, gradient, weight, geometry) if needed[1] else None
+            d_x, d_weight = gradients(gradient, x, Convolution(weight, None, *ctx.numbers), "native", needed[:2])
             d_bias = gradient.sum(dim=(0, 2, 3)) if ctx.bias else None
             return d_x, d_weight, d_bias, None, None, None, None, None
         with full_precision(x):
@@ -158,6 +173,26 @@ class _Convolution(torch.autograd.Function):
                 d_weight = blocks.movedim(-1, 1).reshape(weight.shape)
             d_bias = gradient.sum(dim=(0, 2, 3)) if ctx.bias else None
         return d_x, d_weight, d_bias, None, None, None, None, None
+
+
+def gradients(
+    gradient: Tensor, x: Tensor, conv: Convolution, form: str, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the input and of the weight of a convolution.
+
+    Args:
+        gradient: Of its output.
+        x: Its input.
+        conv: Without a bias.
+        form: "native", or "reference" for torch's.
+        needed: Which of the two.
+    """
+    if form == "native":
+        d_x = kernels.input_gradient(gradient, conv.weight, x.shape, conv.geometry) if needed[0] else None
+        return d_x, kernels.weight_gradient(x, gradient, conv.weight, conv.geometry) if needed[1] else None
+    numbers = ([conv.stride] * 2, [conv.padding] * 2, [conv.dilation] * 2, False, [0, 0], conv.groups)
+    both = torch.ops.aten.convolution_backward(gradient, x, conv.weight, None, *numbers, [*needed, False])
+    return both[0], both[1]
 
 
 def _kernels(

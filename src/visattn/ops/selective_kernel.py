@@ -31,11 +31,11 @@ from visattn.ops._shared import (
     recording,
     upcast,
 )
+from visattn.ops.convolution import Convolution
 
 __all__ = [
     "NORMED_IMPLEMENTATIONS",
     "WHOLE_IMPLEMENTATIONS",
-    "Convolution",
     "Gate",
     "branch_descriptor",
     "branch_select",
@@ -218,22 +218,6 @@ def _attend_backward(gate: Gate, descriptor: Tensor, tape: _Tape, d_attention: T
     return [d_hidden @ gate.weight, *d_weights, *d_biases, d_hidden.t() @ descriptor, d_bias, *vectors]
 
 
-class Convolution(NamedTuple):
-    """What `torch.nn.functional.conv2d` takes, with one number for both directions."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
-    groups: int = 1
-
-    @property
-    def geometry(self) -> Geometry:
-        """All but the tensors."""
-        return Geometry(*self[2:])
-
-
 def _tensors(sources: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate) -> list[Tensor | None]:
     """All that has a gradient, in one row: `_parts` takes it apart."""
     hidden = (None, None) if gate.norm is None else gate.norm[:2]
@@ -366,7 +350,7 @@ def _trained(shape: torch.Size, norms: Sequence[BatchNorm], gate: Gate) -> bool:
 def _for_kernels(impl: str, *tensors: Tensor | None) -> bool:
     """Whether an implementation may take the kernels for these tensors."""
     given = [tensor for tensor in tensors if tensor is not None]
-    known = native.available() and given[0].device.type == "cpu" and eager(*given) and precise(*given)
+    known = eager(*given) and given[0].device.type == "cpu" and precise(*given) and native.available()
     return known and (impl == "native" or (impl == "auto" and given[0].dtype == torch.float32))
 
 
