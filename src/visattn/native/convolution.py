@@ -18,7 +18,7 @@ __all__ = ["Geometry", "convolve", "convolve_relu", "input_gradient", "weight_gr
 
 
 LEAST_SIDE = 64  # of both matrices of a 1x1 convolution that is taken from torch
-DIRECT_INPUTS, DIRECT_OUTPUTS = 256, 64  # channels up to which sums over taps beat torch without groups
+DIRECT_INPUTS, DIRECT_OUTPUTS = 512, 128  # channels up to which sums over taps beat torch without groups
 MOST_STRIDE = 64
 MOST_REACH = 16  # of a kernel, in sides of the map
 

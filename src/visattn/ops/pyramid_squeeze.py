@@ -31,7 +31,6 @@ from visattn.ops._shared import (
 from visattn.ops.convolution import Convolution, best_form, gradients
 
 __all__ = [
-    "ATTENTION_IMPLEMENTATIONS",
     "Squeeze",
     "attend",
     "attention_forms",
@@ -313,7 +312,6 @@ def _attention_native(x: Tensor, convs: Sequence[Convolution], squeeze: Squeeze)
 
 
 _ATTENTION = {"auto": _attention_auto, "reference": _attention_reference, "native": _attention_native}
-ATTENTION_IMPLEMENTATIONS = native.served(_ATTENTION)
 
 
 def pyramid_attention(x: Tensor, convs: Sequence[Convolution], squeeze: Squeeze, *, impl: str = "auto") -> Tensor:

@@ -35,7 +35,6 @@ from visattn.ops.convolution import Convolution
 
 __all__ = [
     "NORMED_IMPLEMENTATIONS",
-    "WHOLE_IMPLEMENTATIONS",
     "Gate",
     "branch_descriptor",
     "branch_select",
@@ -493,7 +492,6 @@ def whole_way(
 
 
 _WHOLE = {"auto": _whole_auto, "reference": _whole_reference, "native": _whole_native}
-WHOLE_IMPLEMENTATIONS = native.served(_WHOLE)
 
 
 def selective_kernel(
