@@ -19,6 +19,7 @@ from visattn import native
 from visattn.errors import check
 from visattn.native import select as kernels
 from visattn.native.convolution import Geometry
+from visattn.ops._gate import Gate, Tape, attend, attend_backward, branch_weights, normed
 from visattn.ops._shared import (
     BatchNorm,
     again,
@@ -29,7 +30,6 @@ from visattn.ops._shared import (
     need_eager,
     precise,
     recording,
-    upcast,
 )
 from visattn.ops.convolution import Convolution
 
@@ -45,11 +45,6 @@ __all__ = [
     "whole",
     "whole_way",
 ]
-
-
-def branch_weights(logits: Tensor) -> Tensor:
-    """Softmax over branches of (B, K, C) logits, in float32 for 16-bit ones; keeps the dtype."""
-    return upcast(logits).softmax(dim=1).to(logits.dtype)
 
 
 def _descriptor_reference(features: Sequence[Tensor], sums: Sequence[Tensor]) -> Tensor:
@@ -138,85 +133,6 @@ def branch_select(features: Sequence[Tensor], logits: Tensor, *, overwrite: bool
     return _select_reference(features, logits)
 
 
-class Gate(NamedTuple):
-    """The small network of a selective kernel, from a descriptor (B, C) to logits (B, K, C).
-
-    Attributes:
-        weight: (hidden, C), of the layer that all branches share.
-        bias: (hidden,) or None.
-        norm: Of its output, or None.
-        weights: K times (C, hidden).
-        biases: K times (C,) or None.
-        relu: Whether a ReLU comes before the last layers.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    norm: BatchNorm | None
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor | None]
-    relu: bool = True
-
-    def attention(self, descriptor: Tensor) -> Tensor:
-        """(B, K, C), a softmax over K."""
-        hidden = F.linear(descriptor, self.weight, self.bias)
-        hidden = hidden if self.norm is None else _normed(hidden, self.norm)
-        hidden = F.relu(hidden) if self.relu else hidden
-        pairs = zip(self.weights, self.biases, strict=True)
-        return branch_weights(torch.stack([F.linear(hidden, weight, bias) for weight, bias in pairs], dim=1))
-
-
-def _normed(x: Tensor, norm: BatchNorm) -> Tensor:
-    weight, bias, mean, variance, training, momentum, eps = norm
-    return F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
-
-
-class _Tape(NamedTuple):
-    """What the gradients of a gate need beside its arguments."""
-
-    before: Tensor  # the hidden vector as its layer leaves it
-    saved: Sequence[Tensor]  # of the norm
-    hidden: Tensor
-    attention: Tensor
-
-
-def _attend(gate: Gate, descriptor: Tensor) -> _Tape:
-    """`Gate.attention`, for `_attend_backward`."""
-    hidden = before = F.linear(descriptor, gate.weight, gate.bias)
-    saved: Sequence[Tensor] = ()
-    if gate.norm is not None:
-        weight, bias, mean, variance, training, momentum, eps = gate.norm
-        hidden, *saved = torch.native_batch_norm(before, weight, bias, mean, variance, training, momentum, eps)
-    hidden = hidden.relu() if gate.relu else hidden
-    pairs = zip(gate.weights, gate.biases, strict=True)
-    logits = torch.stack([F.linear(hidden, weight, bias) for weight, bias in pairs], dim=1)
-    return _Tape(before, saved, hidden, logits.softmax(dim=1))
-
-
-def _attend_backward(gate: Gate, descriptor: Tensor, tape: _Tape, d_attention: Tensor) -> list[Tensor | None]:
-    """Gradients of the descriptor and of all tensors of the gate, in the order of `_tensors`.
-
-    By hand: autograd would take as long as the kernels for a small map.
-    """
-    before, saved, hidden, attention = tape
-    d_logits = torch._softmax_backward_data(d_attention, attention, 1, attention.dtype)
-    d_weights, d_hidden = [], torch.zeros_like(hidden)
-    d_biases = [None if one is None else d_logits[:, k].sum(dim=0) for k, one in enumerate(gate.biases)]
-    for weight, of_branch in zip(gate.weights, d_logits.unbind(1), strict=True):
-        d_weights.append(of_branch.t() @ hidden)
-        d_hidden.addmm_(of_branch, weight)
-    if gate.relu:
-        d_hidden = torch.ops.aten.threshold_backward(d_hidden, hidden, 0)
-    vectors: Sequence[Tensor | None] = (None, None)
-    if gate.norm is not None:
-        norm = gate.norm
-        d_hidden, *vectors = torch.ops.aten.native_batch_norm_backward(
-            d_hidden, before, norm.weight, None, None, *saved, True, norm.eps, [True, True, True]
-        )
-    d_bias = None if gate.bias is None else d_hidden.sum(dim=0)
-    return [d_hidden @ gate.weight, *d_weights, *d_biases, d_hidden.t() @ descriptor, d_bias, *vectors]
-
-
 def _tensors(sources: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate) -> list[Tensor | None]:
     """All that has a gradient, in one row: `_parts` takes it apart."""
     hidden = (None, None) if gate.norm is None else gate.norm[:2]
@@ -272,7 +188,7 @@ class _NormedSelect(torch.autograd.Function):
         for norm, mean, variance in zip(numbers.norms, of_norms[0], of_norms[1], strict=True):
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
             norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
-        tape = _attend(parts.gate, descriptor)
+        tape = attend(parts.gate, descriptor)
         out = kernels.combine(maps, tape.attention, of_norms)
         small = (of_norms, descriptor, tape.before, tape.hidden, tape.attention, *tape.saved)
         ctx.save_for_backward(x, *tensors, *small, *(() if x is None else maps))
@@ -295,8 +211,8 @@ class _NormedSelect(torch.autograd.Function):
         of_norms, descriptor, before, hidden, attention, *of_hidden = saved
         d_attention, sums = kernels.gather(maps, of_norms, gradient)
         with full_precision(gradient):
-            tape = _Tape(before, of_hidden, hidden, attention)
-            d_descriptor, *d_gate = _attend_backward(parts.gate, descriptor, tape, d_attention)
+            tape = Tape(before, of_hidden, hidden, attention)
+            d_descriptor, *d_gate = attend_backward(parts.gate, descriptor, tape, d_attention)
         d_x: Tensor | None = None
         d_sources: Sequence[Tensor | None] = [None] * branches
         d_norms: Sequence[Tensor | None] = [None] * (2 * branches)
@@ -332,8 +248,8 @@ def _normed_plain(numbers: _Numbers) -> Any:
 
 
 def _normed_reference(maps: Sequence[Tensor], norms: Sequence[BatchNorm | None], gate: Gate) -> Tensor:
-    normed = (x if norm is None else _normed(x, norm) for x, norm in zip(maps, norms, strict=True))
-    features = torch.stack([F.relu(x) for x in normed], dim=1)
+    pairs = zip(maps, norms, strict=True)
+    features = torch.stack([F.relu(x if norm is None else normed(x, norm)) for x, norm in pairs], dim=1)
     attention = gate.attention(features.sum(dim=1).mean(dim=(2, 3)))
     return (features * attention[..., None, None]).sum(dim=1)
 
