@@ -464,7 +464,7 @@ static int attend(problem *p, bool backward) {
             p->width <= DEEP && p->values >= TALL;
   num step = p->maps ? WIDE : TALL;
   p->rows = round_up(ceil_div(p->queries, ceil_div(p->queries, max(step, most / step * step))), step);
-  num blocks = alone ? 1 : 2 * p->threads;
+  num blocks = alone ? 1 : p->threads;
   p->piece = p->rows * min(blocks, ceil_div(p->queries, p->rows));
   heads h = {p, {count, 0, false}, alone ? 1 : p->threads, backward};
   if (alone && p->threads > 1)
