@@ -193,7 +193,8 @@ def test_narrow_3x3_convolutions_are_taken_from_torch(leading, monkeypatch):
     for outputs, inputs, kernel, taken in (
         (16, 64, 3, True),
         (64, 256, 3, True),
-        (128, 512, 3, False),
+        (128, 512, 3, True),
+        (256, 512, 3, False),
         (8, 16, 5, False),
     ):
         shape, weight = (1, inputs, 7, 7), torch.empty(outputs, inputs, kernel, kernel)

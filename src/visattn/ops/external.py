@@ -240,16 +240,6 @@ def external_residual_eval(
     return out
 
 
-def _variance(out_of_slots: Tensor, covariance: Tensor) -> Tensor:
-    """`v Cov(A) v^T` for each row v of `W2 Mv`; rounding may leave it a little below zero."""
-    return ((out_of_slots @ covariance) * out_of_slots).sum(dim=1).clamp_min(0)
-
-
-def _scaled(out_of_slots: Tensor, covariance: Tensor, weight: Tensor, norm_eps: float) -> Tensor:
-    """`W2 Mv` times what a batch norm multiplies each channel with."""
-    return out_of_slots * (weight * (_variance(out_of_slots, covariance) + norm_eps).rsqrt())[:, None]
-
-
 class _ResidualTrain(torch.autograd.Function):
     """EANet's block in training: two products on the map forward, four backward, the map written once.
 
@@ -276,12 +266,15 @@ class _ResidualTrain(torch.autograd.Function):
         centred = attention - mean[:, None]
         count = flat.shape[0] * flat.shape[2]
         covariance = by.product_sum(centred, centred.transpose(1, 2)).div_(count)
-        values = _scaled(out_of_slots, covariance, weight, norm_eps)
+        # The variance of each channel is `v Cov(A) v^T` for its row v of `W2 Mv`; rounding may leave it below zero.
+        spread = out_of_slots @ covariance
+        variance = (spread * out_of_slots).sum(dim=1).clamp_min_(0)
+        inverse = (variance + norm_eps).rsqrt_()
+        values = out_of_slots * (weight * inverse)[:, None]
         out, flat_out = empty_map(x)
         by.product(values, centred, addend=flat, bias=bias, relu=True, out=flat_out)
-        variance = _variance(out_of_slots, covariance)
         ctx.save_for_backward(
-            x, into_slots, out_of_slots, weight, bias, out, attention, total, centred, covariance, values
+            x, into_slots, out_of_slots, weight, bias, out, attention, total, centred, spread, inverse, variance, values
         )
         ctx.eps, ctx.norm_eps, ctx.by = eps, norm_eps, by
         means = out_of_slots @ mean
@@ -290,7 +283,7 @@ class _ResidualTrain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
-        x, into_slots, out_of_slots, weight, bias, out, attention, total, centred, covariance, values = (
+        x, into_slots, out_of_slots, weight, bias, out, attention, total, centred, spread, inverse, variance, values = (
             ctx.saved_tensors
         )
         if again(gradient):
@@ -309,12 +302,13 @@ class _ResidualTrain(torch.autograd.Function):
             torch.ops.aten.threshold_backward.grad_input(gradient, out, 0, grad_input=d_x)
             d_bias = d_flat.sum(dim=(0, 2))
             d_values = by.product_sum(d_flat, centred.transpose(1, 2))
-            with torch.enable_grad():  # through the matrices of C x S and S x S alone
-                small = [tensor.detach().requires_grad_() for tensor in (out_of_slots, covariance, weight)]
-                scaled = _scaled(small[0], small[1], small[2], ctx.norm_eps)
-                d_out_of_slots, d_covariance, d_weight = torch.autograd.grad(scaled, small, d_values)
+            d_weight = (d_values * out_of_slots).sum(dim=1).mul_(inverse)
+            # Twice the gradient of the variance, as the covariance is symmetric; of one cut off at zero there is none.
+            twice = (d_weight * weight * inverse * inverse).neg_().masked_fill_(variance == 0, 0)[:, None]
+            d_out_of_slots = (d_values * (weight * inverse)[:, None]).addcmul_(spread, twice)
+            d_covariance = out_of_slots.t() @ (twice * out_of_slots)
             d_attention = by.product(values.t(), d_flat)
-            by.product((d_covariance + d_covariance.t()) / count, centred, addend=d_attention, out=d_attention)
+            by.product(d_covariance.div_(count), centred, addend=d_attention, out=d_attention)
             d_attention.sub_(d_attention.mean(dim=(0, 2))[:, None])
             # A = P / total with P the softmax over positions and total = eps + sum_S P
             d_attention.sub_((d_attention * attention).sum(dim=1, keepdim=True)).div_(total)
