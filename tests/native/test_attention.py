@@ -36,14 +36,6 @@ def normal(*shape, seed=0, layout="heads"):
     return x.permute(order).contiguous().permute([order.index(i) for i in range(4)]) if len(shape) == 4 else x
 
 
-@pytest.fixture(params=[1, 2, 5])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def results(impl, inputs, cotangent, options):
     inputs = [x.detach().requires_grad_() for x in inputs]
     weights = {"attention_weights": inputs[3]} if len(inputs) > 3 else {}

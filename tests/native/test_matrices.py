@@ -22,14 +22,6 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.fixture(params=[1, 2, 5])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def layouts(x):
     """The same matrix row by row, column by column, as a part of a wider one, and as every other number."""
     wide = torch.cat([x, x], dim=1)[:, : x.shape[1]]

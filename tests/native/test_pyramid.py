@@ -20,14 +20,6 @@ SIZES = [  # scales as (kernel, groups), batch, channels, channels of a scale, s
 ]
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def attention(size, impl, dtype, *, training=True, seed=0, biases=True, value=None):
     """Output and all gradients."""
     scales, batch, channels, out, sides, stride, dilation, sigmoid = size

@@ -26,14 +26,6 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def selection(size, impl, dtype, first=0, plain=False):
     """Tensors with gradients, the op on them, and the statistics that it updates."""
     branches, batch, channels, *sides = size
