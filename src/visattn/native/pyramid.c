@@ -7,7 +7,8 @@ enum { PART = 2048 };  // numbers added up before sums go on in double
 typedef struct {
   num scales, batch, channels, positions;  // channels of a scale
   const real *const *maps, *weights, *added, *gradient;
-  real *means, *out, *d_weights, *const *d_maps;
+  real *means, *out, *d_weights, *d_map;
+  num scale;  // of d_map
   num together;  // maps in a step
   loop steps;
 } pyramid;
@@ -49,37 +50,49 @@ static void map_steps(void *data) {
       if (p->means) p->means[j] = (real)(sum_of(p->maps[k] + map, NULL, size) / (double)size);
       if (p->out) scale_and_shift(p->out + whole, p->maps[k] + map, size, p->weights[j], 0);
       if (p->d_weights) p->d_weights[j] = (real)sum_of(p->maps[k] + map, p->gradient + whole, size);
-      if (p->d_maps)
-        scale_and_shift(p->d_maps[k] + map, p->gradient + whole, size, p->weights[j], p->added[j] / (real)size);
     }
 }
 
-static int run(pyramid *p, num threads) {
+static void scatter_steps(void *data) {
+  pyramid *p = data;
+  num maps = p->batch * p->channels, size = p->positions;
+  for (num i; (i = next_step(&p->steps)) < p->steps.count;)
+    for (num j = i * p->together; j < min((i + 1) * p->together, maps); j++) {
+      num c = j % p->channels, b = j / p->channels, of_vector = (b * p->scales + p->scale) * p->channels + c;
+      num whole = ((b * p->scales + p->scales - 1 - p->scale) * p->channels + c) * size;
+      scale_and_shift(p->d_map + j * size, p->gradient + whole, size, p->weights[of_vector],
+                      p->added[of_vector] / (real)size);
+    }
+}
+
+static int run(pyramid *p, void (*body)(void *), num scales, num threads) {
   p->together = ceil_div(4 * PART, p->positions);
-  p->steps.count = ceil_div(p->batch * p->scales * p->channels, p->together);
-  GOMP_parallel(map_steps, p, (unsigned)min(threads, p->steps.count), 0);
+  p->steps.count = ceil_div(p->batch * scales * p->channels, p->together);
+  GOMP_parallel(body, p, (unsigned)min(threads, p->steps.count), 0);
   return 0;
 }
 
 PUBLIC int NAME(pyramid_means)(num scales, num batch, num channels, num positions, const real *const *maps, real *means,
                                num threads) {
-  return run(&(pyramid){scales, batch, channels, positions, .maps = maps, .means = means}, threads);
+  return run(&(pyramid){scales, batch, channels, positions, .maps = maps, .means = means}, map_steps, scales,
+             threads);
 }
 
 PUBLIC int NAME(pyramid_weigh)(num scales, num batch, num channels, num positions, const real *const *maps,
                                const real *weights, real *out, num threads) {
-  return run(&(pyramid){scales, batch, channels, positions, .maps = maps, .weights = weights, .out = out}, threads);
+  return run(&(pyramid){scales, batch, channels, positions, .maps = maps, .weights = weights, .out = out}, map_steps,
+             scales, threads);
 }
 
 PUBLIC int NAME(pyramid_gather)(num scales, num batch, num channels, num positions, const real *const *maps,
                                 const real *gradient, real *d_weights, num threads) {
   return run(&(pyramid){scales, batch, channels, positions, .maps = maps, .gradient = gradient,
-                        .d_weights = d_weights}, threads);
+                        .d_weights = d_weights}, map_steps, scales, threads);
 }
 
-// `added` is the gradient of the means.
-PUBLIC int NAME(pyramid_scatter)(num scales, num batch, num channels, num positions, const real *gradient,
-                                 const real *weights, const real *added, real *const *d_maps, num threads) {
+// The gradient of the maps of one scale; `added` is that of the means.
+PUBLIC int NAME(pyramid_scatter)(num scales, num batch, num channels, num positions, num scale, const real *gradient,
+                                 const real *weights, const real *added, real *d_map, num threads) {
   return run(&(pyramid){scales, batch, channels, positions, .gradient = gradient, .weights = weights, .added = added,
-                        .d_maps = d_maps}, threads);
+                        .d_map = d_map, .scale = scale}, scatter_steps, 1, threads);
 }

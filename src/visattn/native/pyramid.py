@@ -44,9 +44,9 @@ def gather(maps: tuple[Tensor, ...], gradient: Tensor) -> Tensor:
     return out
 
 
-def scatter(maps: tuple[Tensor, ...], gradient: Tensor, weights: Tensor, d_means: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of the maps, from those of what `weigh` and `means` returned."""
-    out = tuple(gradient.new_empty(one.shape) for one in maps)
+def scatter(maps: tuple[Tensor, ...], scale: int, gradient: Tensor, weights: Tensor, d_means: Tensor) -> Tensor:
+    """The gradient of the maps of one scale, from those of what `weigh` and `means` returned."""
+    out = gradient.new_empty(maps[scale].shape)
     sizes = _sizes(maps, (gradient, "whole"), (weights, "vectors"), (d_means, "vectors"))
-    call("pyramid_scatter", *sizes, gradient, weights, d_means, out, flops=0)
+    call("pyramid_scatter", *sizes, scale, gradient, weights, d_means, out, flops=0)
     return out

@@ -256,6 +256,7 @@ def infer(
     given = tuple(one for some in (*norms, norm) for one in some[:5])
     eps = (ctypes.c_double * (branches + 1))(*(some.eps for some in (*norms, norm)))
     out = x.new_empty(shape)
+    flops += 2 * len(x) * channels * size * (branches + 1)
     call(
         "select_infer",
         branches,

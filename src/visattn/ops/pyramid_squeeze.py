@@ -237,12 +237,12 @@ class _Attention(torch.autograd.Function):
         with full_precision(gradient):
             found = _excite_backward(means, numbers.squeeze(tensors), of, kernels.gather(maps, gradient))
             d_means, *d_squeeze = found
-            if any(needed[: scales + 1]):
-                d_maps = kernels.scatter(maps, gradient, of.weights, cast(Tensor, d_means))
-                convs = numbers.convolutions(tensors)
-                for k, (d_map, conv, form) in enumerate(zip(d_maps, convs, numbers.forms, strict=True)):
-                    part, d_weights[k] = gradients(d_map, x, conv, form, (needed[0], needed[1 + k]))
-                    d_x = part if d_x is None or part is None else d_x.add_(part)
+            for k, (conv, form) in enumerate(zip(numbers.convolutions(tensors), numbers.forms, strict=True)):
+                if not (needed[0] or needed[1 + k]):
+                    continue
+                d_map = kernels.scatter(maps, k, gradient, of.weights, cast(Tensor, d_means))
+                part, d_weights[k] = gradients(d_map, x, conv, form, (needed[0], needed[1 + k]))
+                d_x = part if d_x is None or part is None else d_x.add_(part)
         return None, d_x, *d_weights, *d_squeeze
 
 
