@@ -94,6 +94,31 @@ def test_a_fused_block_is_the_same_function(variant):
     assert any(parameter.requires_grad for parameter in block.parameters())
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+SWAPS = {
+    "reflected": lambda m: setattr(m.convs[0].conv, "padding_mode", "reflect"),
+    "same": lambda m: setattr(m.convs[0].conv, "padding", "same"),
+    "two paddings": lambda m: setattr(m.convs[1], "conv", nn.Conv2d(12, 12, (3, 5), padding=(1, 2))),
+    "another class": lambda m: setattr(m.convs[1], "conv", Doubled(12, 12, 3, padding=1)),
+    "no norm": lambda m: setattr(m, "fc_bn", None),
+    "no activation": lambda m: setattr(m, "fc_act", None),
+}
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_selective_kernels_with_other_layers(swap):
+    block = visattn.SelectiveKernel(12, groups=3)
+    SWAPS[swap](block)
+    block.eval()
+    x = torch.randn(2, 12, 5, 7)
+    with torch.no_grad():
+        assert torch.allclose(visattn.fuse(block)(x), block(x), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", GAINED)
 def test_forms_that_replace_a_block(name):
     block = example(name)

@@ -202,12 +202,19 @@ def test_a_broken_gradient_fails(run, monkeypatch):
 
 
 def test_a_block_that_wastes_precision_fails_below_float64_only(run, monkeypatch):
-    exact = pyramid_squeeze._auto
+    exact, excite = pyramid_squeeze._auto, pyramid_squeeze._excite
 
-    def wasteful(features, gates, layout):
-        return exact(features, gates.bfloat16().to(gates.dtype) if gates.dtype == torch.float32 else gates, layout)
+    def wasted(x):
+        return x.bfloat16().to(x.dtype) if x.dtype == torch.float32 else x
 
-    monkeypatch.setattr(pyramid_squeeze, "_auto", wasteful)
+    def by_kernels(means, squeeze):
+        tape = excite(means, squeeze)
+        return tape._replace(weights=wasted(tape.weights))
+
+    monkeypatch.setattr(pyramid_squeeze, "_excite", by_kernels)
+    monkeypatch.setattr(
+        pyramid_squeeze, "_auto", lambda features, gates, layout: exact(features, wasted(gates), layout)
+    )
     assert run("psa_default")[0] == 0
     code, out, _ = run("psa_default", "--dtype", "float32")
     assert code == 1

@@ -138,6 +138,20 @@ def test_what_is_not_plain_is_called_as_it_is(change, monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("last", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_networks_in_channels_last(stride, last):
+    x = torch.randn(2, 16, 9, 7)
+    expected = block(impl="reference", stride=stride)(x)
+    module = block(stride=stride).to(memory_format=torch.channels_last)
+    got = module(x.contiguous(memory_format=last))
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert got.is_contiguous(memory_format=last)
+    got.sum().backward()
+    narrow = visattn.PyramidSqueezeAttention(1, 2, kernel_size=[3], groups=[1], reduction=1, stride=stride)
+    assert narrow(x[:, :1].contiguous(memory_format=last)).isfinite().all()
+
+
 def test_shapes_that_do_not_fit_are_refused():
     maps = (torch.ones(2, 3, 5, 7), torch.ones(2, 3, 5, 7))
     for wrong in ((maps[0], torch.ones(2, 3, 7, 5)), (maps[0], torch.ones(2, 3, 7, 5).transpose(2, 3))):

@@ -233,6 +233,44 @@ def test_blocks_take_the_whole(mode, monkeypatch):
     assert not calls
 
 
+SWAPPED = {
+    "no bias of a selector": lambda m: setattr(m.fcs[0], "bias", None),
+    "no bias of the layer before": lambda m: setattr(m.fc, "bias", None),
+    "one output for all channels": lambda m: [setattr(m.fcs, str(k), torch.nn.Linear(5, 1)) for k in range(2)],
+    "sliced statistics": lambda m: setattr(m.convs[0].bn, "running_mean", torch.linspace(-1, 1, 24)[::2]),
+    "expanded bias": lambda m: setattr(m.fcs[1], "bias", torch.nn.Parameter(torch.ones(1).expand(12))),
+    "one norm for both": lambda m: setattr(m.convs[0], "bn", m.convs[1].bn),
+    "a bias of a convolution": lambda m: setattr(m.convs[0].conv, "bias", torch.nn.Parameter(torch.ones(12))),
+    "norms alone in training": lambda m: m.eval() and [one.bn.train() for one in m.convs] and m.fc_bn.train(),
+    "statistics that are not tracked": lambda m: setattr(m.convs[0].bn, "track_running_stats", False),
+}
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("swap", SWAPPED)
+def test_layers_of_other_shapes(swap, training, gradient):
+    ours, theirs, x = block(), block(impl="reference"), normal(3, 12, 5, 7)
+    for module in (ours, theirs):
+        torch.manual_seed(1)
+        module.train(training)
+        SWAPPED[swap](module)
+    with torch.set_grad_enabled(gradient):
+        assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+    for (name, a), b in zip(ours.named_buffers(), theirs.buffers()):
+        assert torch.allclose(a, b, rtol=1e-5), name
+
+
+def test_a_mean_far_from_zero_loses_no_digits_of_the_maps():
+    x = normal(2, 3, 47, 53) + 100
+    numbers, _ = select.normalise((x,), (torch.full((3,), 0.3),), (torch.zeros(3),), [1e-5])
+    ours = select.combine((x,), torch.ones(2, 1, 3), numbers)
+    exact, plain = (
+        torch.nn.functional.batch_norm(y, None, None, None, None, True).mul(0.3).relu() for y in (x.double(), x)
+    )
+    assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
 def test_sizes_that_no_kernel_serves_are_refused():
     x, weight, zeros = normal(2, 4, 5, 7), normal(6, 2, 3, 3), torch.zeros(6)
     gate = Gate(normal(3, 6), None, None, [normal(6, 3)] * 2, [zeros] * 2)
@@ -240,7 +278,7 @@ def test_sizes_that_no_kernel_serves_are_refused():
         with pytest.raises(ValueError, match="branches of one shape"):
             selective_kernel(x, [Convolution(weight, None, 1, 1, 1, 2), other], [None] * 2, gate, impl="native")
     convs = [Convolution(weight, None, 1, 1, 1, 2)] * 2
-    with pytest.raises(ValueError, match="a selection was given tensors"):
+    with pytest.raises(ValueError, match="branches of one shape"):
         selective_kernel(x, convs, [None] * 2, gate._replace(weight=normal(3, 5)), impl="native")
 
 

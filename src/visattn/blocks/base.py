@@ -34,6 +34,7 @@ __all__ = [
     "plain_norm",
     "projected",
     "query_indices",
+    "square_conv",
     "token_query_indices",
     "wide",
 ]
@@ -160,8 +161,12 @@ def plain_conv(conv: nn.Module) -> bool:
 
     Compilers see the call: they choose for themselves.
     """
-    if torch.compiler.is_compiling() or type(conv) is not nn.Conv2d or has_hooks(conv):
-        return False
+    known = not torch.compiler.is_compiling() and type(conv) is nn.Conv2d and not has_hooks(conv)
+    return known and square_conv(cast(nn.Conv2d, conv))
+
+
+def square_conv(conv: nn.Conv2d) -> bool:
+    """Whether `conv_numbers` say all of a convolution that its tensors do not."""
     pairs = (conv.stride, conv.padding, conv.dilation)
     return conv.padding_mode == "zeros" and all(not isinstance(pair, str) and pair[0] == pair[1] for pair in pairs)
 
@@ -186,6 +191,7 @@ def plain_norm(norm: nn.Module) -> bool:
         not torch.compiler.is_compiling()
         and type(norm) is nn.BatchNorm2d
         and not has_hooks(norm)
+        and (norm.track_running_stats or not norm.training)
         and not any(t is None for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum))
     )
 

@@ -34,6 +34,7 @@ from visattn.blocks.base import (
     make_norm,
     plain_conv,
     plain_norm,
+    square_conv,
 )
 from visattn.errors import check
 from visattn.ops._shared import BatchNorm, eager, precise, recording
@@ -267,16 +268,17 @@ class SelectiveKernel(Block):
         if all(plain_conv(branch.conv) for branch in branches):
             convs = [Convolution(one.conv.weight, one.conv.bias, **conv_numbers(one.conv)) for one in branches]
             if way := whole_way(x, convs, norms, gate, impl=self.impl):
-                self._count_batch()
+                self._count_batch(gate)
                 return whole(x, convs, norms, gate, way)
         if not normed_served(x, norms, gate, impl=self.impl):
             return None
-        self._count_batch()
+        self._count_batch(gate)
         return normed_select([branch.convolved(x) for branch in branches], norms, gate, impl=self.impl)
 
-    def _count_batch(self) -> None:
-        for norm in self.modules() if self.training else ():
-            if isinstance(norm, nn.BatchNorm2d) and norm.training and norm.num_batches_tracked is not None:
+    def _count_batch(self, gate: Gate) -> None:
+        norms = [cast(_Branch, branch).bn for branch in self.convs] + ([] if gate.norm is None else [self.fc_bn])
+        for norm in cast(list[nn.BatchNorm2d], norms):
+            if norm.training and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -298,9 +300,13 @@ class SelectiveKernel(Block):
         return f"{sizes}, stride={self.stride}, dilation={self.dilation}, groups={self.groups}"
 
     def fused(self) -> nn.Module:
-        """`FusedSelectiveKernel`, where its linear layers are torch's."""
+        """`FusedSelectiveKernel`, where its layers are those that it was built of."""
         plain = all(type(linear) is nn.Linear for linear in (self.fc, *self.fcs))
-        return FusedSelectiveKernel(self) if plain else self
+        convs = [
+            cast(_Branch, branch).conv for branch in self.convs
+        ]  # their weights may be parametrised: they are read
+        plain = plain and all(type(conv).forward is nn.Conv2d.forward and square_conv(conv) for conv in convs)
+        return FusedSelectiveKernel(self) if plain and (self.fc_bn is None) == (self.fc_act is None) else self
 
 
 class _FusedBranch(nn.Module):

@@ -118,7 +118,8 @@ static void normalise_channel(const selection *s, num channel) {
     double mean = sum_of(s, map) / count, squares = squares_of(s, map, (real)mean);
     double apart = mean - (real)mean;  // what the mean lost as a number of the maps' type
     squares -= apart * apart * count;
-    double inverse = 1 / sqrt(squares / count + s->eps[k]), scale = s->weights[k][channel] * inverse;
+    double inverse = 1 / sqrt(squares / count + s->eps[k]);
+    double scale = (real)(s->weights[k][channel] * inverse);  // what maps are multiplied with: the shift is of that
     double shift = s->biases[k][channel] - mean * scale;
     *numbers(s, MEAN, k, channel) = (real)mean;
     *numbers(s, VARIANCE, k, channel) = (real)(squares / (count - 1));

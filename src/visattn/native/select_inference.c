@@ -30,7 +30,7 @@ typedef struct {
 INLINE void scale_and_shift(const norm *n, num i, real *scale, real *shift) {
   double before = n->before ? n->before[i] : 0, by = 1, add = before;
   if (n->variance) {
-    by = (n->weight ? n->weight[i] : 1) / sqrt(n->variance[i] + n->eps);
+    by = (real)((n->weight ? n->weight[i] : 1) / sqrt(n->variance[i] + n->eps));  // what is multiplied with in the end
     add = (before - n->mean[i]) * by + (n->bias ? n->bias[i] : 0);
   }
   *scale = (real)by, *shift = (real)add;
@@ -82,7 +82,7 @@ static void attention_steps(void *data) {
         for (num s = 0; s < some; s++) {
           real top = -INFINITY, sum = 0, *to = g->attention + (first + s) * g->branches * g->channels + c;
           for (num k = 0; k < g->branches; k++) {
-            logits[k][s] += g->biases[k][c];
+            logits[k][s] += g->biases[k] ? g->biases[k][c] : 0;
             if (!(logits[k][s] <= top)) top = logits[k][s];  // NaN too
           }
           for (num k = 0; k < g->branches; k++) {

@@ -38,6 +38,13 @@ class Gate(NamedTuple):
     biases: Sequence[Tensor | None]
     relu: bool = True
 
+    def fits(self, channels: int) -> bool:
+        """Whether all tensors have the shapes above, without broadcasting."""
+        hidden = len(self.weight)
+        matrices = {one.shape for one in self.weights} == {(channels, hidden)} and self.weight.shape[1:] == (channels,)
+        vectors = [(self.bias, hidden), *((one, channels) for one in self.biases)]
+        return matrices and all(one is None or one.shape == (size,) for one, size in vectors)
+
     def attention(self, descriptor: Tensor) -> Tensor:
         """(B, K, C), a softmax over K."""
         hidden = F.linear(descriptor, self.weight, self.bias)

@@ -205,7 +205,9 @@ class _Numbers(NamedTuple):
     def maps(self, x: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
         """Of all scales."""
         return tuple(
-            convolve(x, tensors[k], None, geometry) if form == "native" else F.conv2d(x, tensors[k], None, *geometry)
+            convolve(x, tensors[k], None, geometry)
+            if form == "native"
+            else F.conv2d(x, tensors[k], None, *geometry).contiguous()
             for k, (geometry, form) in enumerate(zip(self.geometries, self.forms, strict=True))
         )
 

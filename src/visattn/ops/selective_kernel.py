@@ -258,7 +258,7 @@ def _trained(shape: torch.Size, norms: Sequence[BatchNorm], gate: Gate) -> bool:
     """Whether the kernels are for maps of that shape: batches of more than one value, with statistics of their own."""
     batched = len(shape) == 4 and all(norm.training for norm in norms) and shape.numel() > shape[1]
     hidden = gate.norm is None or (gate.norm.training and shape[0] > 1)
-    few = len(norms) <= kernels.MOST_BRANCHES
+    few = len(norms) <= kernels.MOST_BRANCHES and gate.fits(shape[1])
     return few and batched and hidden and all(norm.weight.shape == shape[1:2] == norm.bias.shape for norm in norms)
 
 
@@ -345,7 +345,7 @@ def _way(x: Tensor, convs: Sequence[Convolution], norms: Sequence[BatchNorm | No
         return "training" if trained else ""
     tensors = [tensor for conv in convs for tensor in conv[:2]] + [t for norm in every if norm for t in norm[:4]]
     frozen = all(norm is None or (not norm.training and norm.weight.shape == shape[1:2]) for norm in norms)
-    frozen = frozen and (gate.norm is None or not gate.norm.training)
+    frozen = frozen and gate.fits(shape[1]) and (gate.norm is None or not gate.norm.training)
     unseen = not recording(x, *tensors, gate.weight, gate.bias, *gate.weights, *gate.biases)
     return "inference" if frozen and unseen else ""
 
@@ -362,11 +362,16 @@ def whole(x: Tensor, convs: Sequence[Convolution], norms: Sequence[BatchNorm | N
     known = [_norm_of(conv.bias, norm) for conv, norm in zip(convs, norms, strict=True)]
     hidden = gate.weight.contiguous(), _norm_of(gate.bias, gate.norm), gate.relu
     rows = tuple(one.contiguous() for one in gate.weights)
-    return kernels.infer(x, kernels.Convolutions(weights, geometries), known, hidden, rows, tuple(gate.biases))
+    biases = tuple(None if one is None else one.contiguous() for one in gate.biases)
+    return kernels.infer(x, kernels.Convolutions(weights, geometries), known, hidden, rows, biases)
 
 
 def _norm_of(before: Tensor | None, norm: BatchNorm | None) -> kernels.Norm:
-    return kernels.Norm(before) if norm is None else kernels.Norm(before, *norm[:4], norm.eps)
+    before = None if before is None else before.contiguous()
+    if norm is None:
+        return kernels.Norm(before)
+    weight, bias, mean, variance = (one.contiguous() for one in norm[:4])
+    return kernels.Norm(before, weight, bias, mean, variance, norm.eps)
 
 
 def _whole_reference(x: Tensor, convs: Sequence[Convolution], norms: Sequence[BatchNorm | None], gate: Gate) -> Tensor:
