@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import visattn
 from visattn import native
@@ -96,7 +97,7 @@ def test_some_gradients_again_and_later():
     every = torch.autograd.grad(out, wanted, retain_graph=True)
     for index, tensor in enumerate(wanted):
         assert torch.equal(torch.autograd.grad(out, tensor, retain_graph=True)[0], every[index])
-    torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False).square().sum().backward()
+    checkpoint(module, x, use_reentrant=False).square().sum().backward()
     assert all(torch.equal(tensor.grad, one) for tensor, one in zip(wanted, every))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = torch.autograd.grad(out, wanted)

@@ -1,4 +1,4 @@
-"""Selective kernels in training by the kernels in C, against torch in float64."""
+"""Selective kernels by the kernels in C, against torch in float64."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 import visattn
 from visattn import native
 from visattn.native import select
+from visattn.native.convolution import Geometry
 from visattn.ops._shared import BatchNorm
 from visattn.ops.convolution import Convolution
 from visattn.ops.selective_kernel import NORMED_IMPLEMENTATIONS, Gate, normed_select, selective_kernel
@@ -96,7 +97,7 @@ WHOLE = [  # branches as (kernel, dilation), batch, input and output channels of
 ]
 
 
-def whole(size, impl, dtype, training, *, seed=0, hidden=5, plain=False):
+def whole(size, impl, dtype, training, *, seed=0, hidden=37, plain=False):
     """The whole op: output, gradients in training, statistics."""
     branches, batch, ins, outs, groups, sides, stride = size
     generator = torch.Generator().manual_seed(seed)
@@ -164,23 +165,27 @@ def test_the_whole_in_float32_is_as_close_as_the_reference(size, training, threa
         assert_close_to_exact(got, exact, plain, str(index), neighbours=neighbours)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_the_whole_is_the_same_with_any_threads(training):
+def test_convolutions_of_branches_are_the_same_with_any_threads():
+    x, gradient, weight = normal(3, 8, 23, 7), normal(3, 12, 23, 7, seed=1), normal(12, 4, 3, 3, seed=2)
+    convs = select.Convolutions((weight, weight + 1), (Geometry(1, 1, 1, 2), Geometry(1, 2, 2, 2)))
+    factors = select.Factors(normal(2, 12, 5, seed=3), normal(2, 3, 12, 2, seed=4))
     before, outs = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            outs.append(whole(WHOLE[0], "native", torch.float32, training))
+            maps = select.convolve(x, convs)
+            d_x = select.input_gradient(x.shape, convs, maps, gradient, factors)
+            outs.append([*maps, d_x, *select.weight_gradients(x, convs, maps, gradient, factors)])
     finally:
         torch.set_num_threads(before)
     for other in outs[1:]:
-        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(outs[0], other))
+        assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True))
 
 
 def test_a_long_batch_is_inferred_some_samples_at_a_time():
     size = ([(3, 1), (3, 2)], 37, 4, 8, 8, (23, 41), 1)
     got, exact = (whole(size, impl, torch.float64, False)[0] for impl in ("native", "reference"))
-    assert got.numel() > 1048576  # more than are at hand at one time, see select_inference.c
+    assert 2 * got.numel() > 2097152  # more than are at hand at one time, see AT_ONCE
     assert torch.allclose(got, exact, rtol=1e-10, atol=1e-10)
 
 
@@ -204,13 +209,16 @@ def test_second_derivatives_of_the_whole():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_numbers_that_are_none_in_the_whole(value):
+def test_numbers_that_are_none_in_the_whole(value, monkeypatch):
     torch.manual_seed(0)
     x = normal(3, 12, 11, 7)
     x[1, 5, 3, 4] = value
+    calls = called(monkeypatch)
     for training in (False, True):
-        got, wanted = (block(impl=impl).train(training)(x) for impl in ("auto", "reference"))
+        with torch.set_grad_enabled(training):
+            got, wanted = (block(impl=impl).train(training)(x) for impl in ("auto", "reference"))
         assert torch.equal(got.isfinite(), wanted.isfinite()), training
+    assert calls == ["select_infer", "convolve_branches", "select_normalise", "select_combine"]
 
 
 @pytest.mark.parametrize("mode", ["training", "inference"])
@@ -400,14 +408,16 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_not_plain_is_called_as_it_is(change, monkeypatch):
+def test_what_is_not_plain_is_called_as_it_is(change, training, monkeypatch):
     calls = called(monkeypatch)
-    ours, theirs = block(), block(impl="reference")
+    ours, theirs = block().train(training), block(impl="reference").train(training)
     CHANGES[change](ours), CHANGES[change](theirs)
     x = normal(3, 12, 5, 7)
-    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
-    assert not calls
+    with torch.set_grad_enabled(training):
+        assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+    assert not calls or (not training and change.startswith("frozen"))
     for (name, a), b in zip(ours.named_buffers(), theirs.buffers()):
         assert torch.allclose(a, b, rtol=1e-5), name
 
@@ -456,8 +466,10 @@ def test_relu_lets_nothing_through_at_zero():
     x = torch.zeros(2, 1, 2, 3).requires_grad_()
     norms = [BatchNorm(torch.ones(1), torch.zeros(1), torch.zeros(1), torch.ones(1), True)]
     gate = Gate(torch.ones(1, 1), None, None, [torch.ones(1, 1)], [torch.zeros(1)])
-    (gradient,) = torch.autograd.grad(normed_select([x], norms, gate, impl="native").sum(), x)
-    assert torch.equal(gradient, torch.zeros_like(x))
+    norms[0].bias.requires_grad_()
+    out = normed_select([x], norms, gate, impl="native")
+    gradients = torch.autograd.grad(out, (x, norms[0].bias), torch.arange(12.0).view(2, 1, 2, 3))
+    assert not any(gradient.any() for gradient in gradients)
 
 
 def test_a_checkpoint_updates_all_statistics_as_often():

@@ -229,7 +229,8 @@ static void block_rows(const convolution *w, const real *buffer, real *side_by_s
         p = w->phases + (w->added ? k : output) * w->step * w->step + f;
         meeting(w->taps + p->start, p->count, q * w->l.split, w->height, &from, &to);
         num before = (p->start + from) * w->in;
-        s.lists[k] = (list){w->at + before, w->packed + (channel * w->in * w->count + before * block), (to - from) * w->in};
+        const real *packed = w->packed + channel * w->in * w->count + before * block;
+        s.lists[k] = (list){w->at + before, packed, (to - from) * w->in};
       }
       s.x = buffer + (q - band * w->band) * w->l.row;
       if (block >= LANES) {
@@ -245,8 +246,8 @@ static void block_rows(const convolution *w, const real *buffer, real *side_by_s
       }
     }
   if (block >= LANES) finish(&end, side_by_side, block, y + first * width, map, (last - first) * width);
-  real *sums = w->partial + (output * w->samples * w->groups * w->out + at) * w->bands + band;
-  for (num o = 0; w->sums && o < block; o++) sums[o * w->bands] = horizontal_sum(end.sums[o]);
+  num sum_of = (output * w->samples * w->groups * w->out + at) * w->bands + band;
+  for (num o = 0; w->sums && o < block; o++) w->partial[sum_of + o * w->bands] = horizontal_sum(end.sums[o]);
 }
 
 static void convolve_steps(void *data) {
@@ -263,12 +264,12 @@ static void convolve_steps(void *data) {
       num band = i % w->bands, sample = w->first + i / w->bands % w->now, group = i / w->bands / w->now;
       for (num k = 0; k < inputs; k++)
         for (num c = 0; c < w->in; c++) {
-          num at = sample * w->groups * w->in + group * w->in + c;
+          num channels = w->groups * w->in, at = sample * channels + group * w->in + c;
           const real *x = w->x[k] + at * map;
           if (w->normed) {
             num from = max(band * w->band + w->l.first, 0) * w->width;
             num to = min((band * w->band + w->l.first + w->l.rows) * w->width, map);
-            x = normed_gradient(w->normed, k, w->groups * w->in, w->batch * w->groups * w->in, at, map, from, to, scratch);
+            x = normed_gradient(w->normed, k, channels, w->batch * channels, at, map, from, to, scratch);
           }
           fill(buffer + (k * w->in + c) * w->l.channel, &w->l, x, band * w->band);
         }
@@ -292,7 +293,8 @@ static void tap_by_tap(convolution *w) {
     for (num f = 0; f < step * step; f++) {
       num row = f / step, column = f % step;
       phase *p = w->phases + k * step * step + f;
-      *p = (phase){.start = next - w->taps, .column = column, .columns = floor_div(w->out_width - 1 - column, step) + 1};
+      *p = (phase){.start = next - w->taps, .column = column,
+                   .columns = floor_div(w->out_width - 1 - column, step) + 1};
       if (!w->added) next = taps_of(s, next);
       for (num t = 0; w->added && t < count; t++) {
         num up = t / side * s->dilation - s->padding, aside = t % side * s->dilation - s->padding;

@@ -1,5 +1,5 @@
-// What selective kernels do with the maps c[k] of their branches between convolution and sum, each map read twice forward
-// and twice backward:
+// What selective kernels do with the maps c[k] of their branches between convolution and sum, each map read twice
+// forward and twice backward:
 //
 //   f[k] = relu(scale[k] c[k] + shift[k]), a batch norm and its activation, never written
 //   descriptor = mean over positions of sum_k f[k]
@@ -11,7 +11,7 @@
 
 #include <math.h>
 
-enum { PART = 2048, MOST = 4, SUMS = 4 };  // numbers added up before sums go on in double; branches
+enum { PART = 2048, SUMS = 4 };  // numbers added up before sums go on in double; sums of a map
 
 typedef struct {
   num branches, batch, channels, positions;
@@ -61,6 +61,13 @@ INLINE void store_last(real *to, vec x, const ends *e) {
   else store(to + e->size - LANES, x);
 }
 
+// What four vectors of sums add up to; they are zero then.
+INLINE double taken(vec *sums) {
+  double total = horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  UNROLL for (int u = 0; u < 4; u++) sums[u] = broadcast(0);
+  return total;
+}
+
 // The sum over a channel of `change` of each vector x, in parts of at least PART numbers.
 #define SUM_OF_CHANNEL(change)                                                               \
   ends e = ends_of(s->positions);                                                            \
@@ -74,15 +81,14 @@ INLINE void store_last(real *to, vec x, const ends *e) {
       for (; i + 4 * LANES <= stop; i += 4 * LANES)                                          \
         UNROLL for (int u = 0; u < 4; u++) x = load(from + i + u * LANES), sums[u] += change; \
       for (; i < stop; i += LANES) x = load(from + i), sums[0] += change;                    \
-      if ((since += i - start) >= PART) {                                                    \
-        total += horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));                  \
-        UNROLL for (int u = 0; u < 4; u++) sums[u] = broadcast(0);                           \
-        since = 0;                                                                           \
-      }                                                                                      \
+      since += i - start;                                                                    \
+      if (since >= PART) total += taken(sums), since = 0;                                    \
     }                                                                                        \
-    if (e.whole < e.size) x = load_last(from, &e), sums[1] += (vec)((ivec)(change) & e.fresh); \
+    if (e.whole == e.size) continue;                                                         \
+    x = load_last(from, &e), sums[1] += (vec)((ivec)(change) & e.fresh), since += LANES;     \
+    if (since >= PART) total += taken(sums), since = 0;                                      \
   }                                                                                          \
-  return total + horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return total + taken(sums);
 
 static double sum_of(const selection *s, const real *map) { SUM_OF_CHANNEL(x) }
 
@@ -137,15 +143,15 @@ static void normalise_channel(const selection *s, num channel) {
 // One map of the output.
 INLINE void combine_of(const int branches, const bool normed, const selection *s, num map) {
   num channel = map % s->channels, sample = map / s->channels, size = s->positions;
-  vec by[MOST], scale[MOST], shift[MOST];
-  const real *from[MOST];
+  vec by[BRANCHES], scale[BRANCHES], shift[BRANCHES];
+  const real *from[BRANCHES];
   UNROLL for (int k = 0; k < branches; k++) {
     by[k] = broadcast(s->attention[(sample * s->branches + k) * s->channels + channel]);
     scale[k] = broadcast(normed ? *numbers(s, SCALE, k, channel) : 1);
     shift[k] = broadcast(normed ? *numbers(s, SHIFT, k, channel) : 0);
     from[k] = s->maps[k] + map * size;
   }
-  real *out = s->out + map * size;  // may be the first map, so that its end is read before all else is written
+  real *out = s->out + map * size;
   ends e = ends_of(size);
 #define SUM(load_from)                                                    \
   vec sum = broadcast(0);                                                 \
@@ -153,24 +159,22 @@ INLINE void combine_of(const int branches, const bool normed, const selection *s
     vec x = load_from;                                                    \
     sum += by[k] * (normed ? positive(scale[k] * x + shift[k]) : x);      \
   }
-  vec last = broadcast(0);
-  if (e.whole < size) {
-    SUM(load_last(from[k], &e))
-    last = sum;
-  }
   for (num i = 0; i < e.whole; i += LANES) {
     SUM(load(from[k] + i))
     store(out + i, sum);
   }
-  if (e.whole < size) store_last(out, last, &e);
+  if (e.whole < size) {
+    SUM(load_last(from[k], &e))
+    store_last(out, sum, &e);
+  }
 #undef SUM
 }
 
 static void combine_map(const selection *s, num map) {
 #define CASE(branches)                                         \
   case branches: combine_of(branches, false, s, map); break;   \
-  case branches + MOST: combine_of(branches, true, s, map); break;
-  switch (s->branches + (s->normed ? MOST : 0)) { CASE(1) CASE(2) CASE(3) CASE(4) }
+  case branches + BRANCHES: combine_of(branches, true, s, map); break;
+  switch (s->branches + (s->normed ? BRANCHES : 0)) { CASE(1) CASE(2) CASE(3) CASE(4) }
 #undef CASE
 }
 
@@ -301,7 +305,7 @@ PUBLIC int NAME(select_normalise)(num branches, num batch, num channels, num pos
   return by_channel(&s, normalise_steps, threads);
 }
 
-// out = sum of a f, or of a c where there are no numbers of norms; out may be the first map.
+// out = sum of a f, or of a c where there are no numbers of norms.
 PUBLIC int NAME(select_combine)(num branches, num batch, num channels, num positions, const real *const *maps,
                                 real *numbers, const real *attention, real *out, num threads) {
   selection s = {branches, batch, channels, positions, .maps = maps, .numbers = numbers, .attention = attention,

@@ -1,4 +1,4 @@
-"""What selective kernels do between convolutions and sum, by the kernels of `select.c`."""
+"""Selective kernels: their branches, and what is done between these and the sum, by the kernels of `select*.c`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
     "weight_gradients",
 ]
 
-# As in select.c:
+# As in convolution.h and select.c:
 MOST_BRANCHES = 4
 _SUMS = 4  # of a map, for the backward pass
 
@@ -161,7 +161,12 @@ def scatter(maps: tuple[Tensor, ...], gradient: Tensor, by: Factors) -> tuple[Te
 
 
 class Convolutions(NamedTuple):
-    """Several convolutions of one input whose outputs have one shape."""
+    """Several convolutions of one input whose outputs have one shape.
+
+    Attributes:
+        weights: K times (C', C / groups, k, k), contiguous.
+        geometries: K of them.
+    """
 
     weights: tuple[Tensor, ...]
     geometries: tuple[Geometry, ...]
@@ -171,7 +176,7 @@ class Convolutions(NamedTuple):
         found = [geometry.sizes(shape, one) for geometry, one in zip(self.geometries, self.weights, strict=True)]
         outputs = {out for _, out in found}
         alike = {(one.shape[:2], geometry.stride, geometry.groups) for one, geometry in zip(*self, strict=True)}
-        if len(found) > MOST_BRANCHES or len(outputs) > 1 or len(alike) > 1:
+        if not 0 < len(found) <= MOST_BRANCHES or len(outputs) > 1 or len(alike) > 1:
             raise ValueError(f"visattn.native: branches of different sizes {[tuple(x.shape) for x in self.weights]}")
         every = (type(found[0][0]) * len(found))(*(sizes for sizes, _ in found))
         return every, torch.Size(outputs.pop()), sum(sizes.flops for sizes, _ in found)
@@ -196,8 +201,9 @@ def input_gradient(
 ) -> Tensor:
     """The gradient of the input, of that shape; other arguments as `scatter` has them."""
     sizes, of_maps, flops = convs.sizes(shape)
-    _check([*((one, of_maps) for one in maps), *((one, one.shape) for one in convs.weights)])
-    _sizes_with(maps, gradient, by)
+    _check([(one, of_maps) for one in maps] + [(one, one.shape) for one in convs.weights])
+    if _sizes_with(maps, gradient, by)[0] != len(convs.weights):
+        raise ValueError("visattn.native: every branch needs a map")
     out = gradient.new_empty(shape)
     call("select_input_gradient", len(maps), convs.weights, maps, gradient, *by, out, sizes, flops=flops)
     return out
@@ -209,7 +215,8 @@ def weight_gradients(
     """The gradients of the weights; other arguments as `scatter` has them."""
     sizes, of_maps, flops = convs.sizes(x.shape)
     _check([(x, x.shape), *((one, of_maps) for one in maps)])
-    _sizes_with(maps, gradient, by)
+    if _sizes_with(maps, gradient, by)[0] != len(convs.weights):
+        raise ValueError("visattn.native: every branch needs a map")
     out = tuple(gradient.new_empty(one.shape) for one in convs.weights)
     call("select_weight_gradients", len(maps), x, maps, gradient, *by, out, sizes, flops=flops)
     return out

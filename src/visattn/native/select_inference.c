@@ -1,4 +1,5 @@
-// A whole selective kernel in inference, some samples at a time: their maps are still in the cache when they are combined.
+// A whole selective kernel in inference, some samples at a time: their maps are still in the cache when they are added
+// up.
 #include "convolution.h"
 
 #include <math.h>

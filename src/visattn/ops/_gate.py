@@ -83,7 +83,7 @@ def attend(gate: Gate, descriptor: Tensor) -> Tape:
 
 
 def attend_backward(gate: Gate, descriptor: Tensor, tape: Tape, d_attention: Tensor) -> list[Tensor | None]:
-    """Gradients of the descriptor and of all tensors of the gate, in the order of `_tensors`.
+    """Gradients of the descriptor and of all tensors of the gate, in the order that selective_kernel.py has them.
 
     By hand: autograd would take as long as the kernels for a small map.
     """

@@ -163,10 +163,8 @@ def _parts(tensors: Sequence[Any], numbers: _Numbers, *, update: bool) -> _Parts
     norm = numbers.hidden
     if norm is not None:
         norm = norm._replace(weight=norm_weight, bias=norm_bias)
-        if (
-            not update
-        ):  # torch's batch norm takes None for statistics that shall stay, though `BatchNorm` always has them
-            norm = norm._replace(running_mean=None, running_var=None)  # type: ignore[arg-type]
+        # Torch's batch norm takes None for statistics that shall stay, though `BatchNorm` always has them.
+        norm = norm if update else norm._replace(running_mean=None, running_var=None)  # type: ignore[arg-type]
     return _Parts(sources, weights, biases, Gate(weight, bias, norm, gate_weights, gate_biases, numbers.relu))
 
 
@@ -374,20 +372,28 @@ def _norm_of(before: Tensor | None, norm: BatchNorm | None) -> kernels.Norm:
     return kernels.Norm(before, weight, bias, mean, variance, norm.eps)
 
 
+def _every_tensor(
+    x: Tensor, convs: Sequence[Convolution], norms: Sequence[BatchNorm | None], gate: Gate
+) -> list[Tensor | None]:
+    of_norms = (tensor for norm in (*norms, gate.norm) if norm is not None for tensor in norm[:4])
+    of_gate = (gate.weight, gate.bias, *gate.weights, *gate.biases)
+    return [x, *(tensor for conv in convs for tensor in conv[:2]), *of_norms, *of_gate]
+
+
 def _whole_reference(x: Tensor, convs: Sequence[Convolution], norms: Sequence[BatchNorm | None], gate: Gate) -> Tensor:
     return _normed_reference([F.conv2d(x, *conv) for conv in convs], norms, gate)
 
 
 def _whole_native(x: Tensor, convs: Sequence[Convolution], norms: Sequence[BatchNorm | None], gate: Gate) -> Tensor:
-    tensors = [x, *(tensor for conv in convs for tensor in conv[:2]), gate.weight, *gate.weights]
+    tensors = _every_tensor(x, convs, norms, gate)
     need_eager("native", *tensors)
     native.need(*tensors)
     way = _way(x, convs, norms, gate)
     check(
         way != "",
         "impl='native'",
-        f"the kernels are for at most {kernels.MOST_BRANCHES} branches of one shape, either with all norms in training "
-        "and no biases, or with none in training and no gradient",
+        f"the kernels are for at most {kernels.MOST_BRANCHES} branches of one shape that no product or transform "
+        "serves better, either with all norms in training and no biases, or with none in training and no gradient",
         remedy="Leave impl at 'auto'.",
         x=tuple(x.shape),
         weights=[tuple(conv.weight.shape) for conv in convs],
@@ -404,9 +410,7 @@ def whole_way(
     x: Tensor, convs: Sequence[Convolution], norms: Sequence[BatchNorm | None], gate: Gate, *, impl: str = "auto"
 ) -> str:
     """How an implementation of `selective_kernel` takes the kernels: "training", "inference", or "", not at all."""
-    tensors = [x, *(tensor for conv in convs for tensor in conv[:2]), *(t for norm in norms if norm for t in norm[:4])]
-    tensors += [gate.weight, gate.bias, *gate.weights, *gate.biases, *(gate.norm[:4] if gate.norm else ())]
-    if not _for_kernels(impl, *tensors):
+    if not _for_kernels(impl, *_every_tensor(x, convs, norms, gate)):
         return ""
     faster = (conv.groups > 1 or conv.geometry.beats_torch(x.shape, conv.weight) for conv in convs)
     return _way(x, convs, norms, gate) if impl == "native" or all(faster) else ""
@@ -430,11 +434,11 @@ def selective_kernel(
         convs: K convolutions.
         norms: K batch norms; in training their running statistics are updated. None for a ReLU alone.
         gate: What makes the weights.
-        impl: "auto"; "reference"; "native", kernels in C for the branches as one: in inference no map of a branch
-            leaves the cache, in training no gradient of one is written.
+        impl: "auto"; "reference"; "native", kernels in C for the branches as one, not for compilers or autocast: in
+            inference no map of a branch leaves the cache, in training no gradient of one is written.
 
     Returns:
-        (B, C', H', W').
+        (B, C', H', W'), which all branches must have.
 
     Raises:
         ValueError: Unknown `impl`, or one that cannot serve the arguments.
