@@ -34,6 +34,13 @@ typedef real any_vec __attribute__((vector_size(sizeof(real) * LANES), aligned(s
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
 
+// A vector that is to stay in a register: compilers would rather read it again at each use.
+#if defined(__AVX2__) && !defined(DOUBLE)
+#define KEEP(x) __asm__("" : "+x"(x))
+#else
+#define KEEP(x) (void)(x)
+#endif
+
 INLINE vec load(const real *from) { return *(const any_vec *)from; }
 INLINE void store(real *to, vec x) { *(any_vec *)to = x; }
 INLINE vec broadcast(real x) { return (vec){x, x, x, x, x, x, x, x}; }

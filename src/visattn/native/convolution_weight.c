@@ -2,8 +2,8 @@
 // of the kernel at a time. Groups of 8 output channels are read position by position, others row by row.
 #include "convolution.h"
 
-#define POSITIONS 1024  // that a sum of the gradient of a weight runs over before the next is begun
-#define AT_ONCE 64      // positions that a sum in registers runs over
+#define POSITIONS 4096  // in the buffers at one time, and of a sum before the next is begun; a lane has fewer
+#define AT_ONCE 128     // positions that a sum in registers runs over
 
 typedef struct {
   num branches;
@@ -34,25 +34,32 @@ typedef struct {
 // Where the input of tap t is, from that of the first: `step` apart, or as the taps say.
 #define BESIDE(t) (step ? (t) * step : p->taps[t].at - p->taps[0].at)
 
-// O output channels and T taps of one input channel.
+// O output channels and T taps of one input channel: what a vector of positions adds.
+INLINE void add_vector(const int O, const int T, vec *total, const real *g, num g_map, const real *x, const num *at,
+                       const ivec *inside) {
+  vec here[WIDEST];
+  UNROLL for (int t = 0; t < T; t++) {
+    here[t] = load(x + at[t]);
+    if (inside) here[t] = (vec)((ivec)here[t] & *inside);
+    if (O > 1) KEEP(here[t]);
+  }
+  UNROLL for (int o = 0; o < O; o++) {
+    vec by = load(g + o * g_map);
+    UNROLL for (int t = 0; t < T; t++) total[o * T + t] += by * here[t];
+  }
+}
+
 INLINE void rows_times(const int O, const int T, const int step, const gradients *w, const tap_product *p) {
   vec total[WIDEST];
-  num at[WIDEST];
+  num at[WIDEST], whole = w->s.out_width - w->s.out_width % LANES;
   UNROLL for (int i = 0; i < O * T; i++) total[i] = broadcast(0);
   UNROLL for (int t = 0; t < T; t++) at[t] = BESIDE(t);
   for (num b = 0; b < p->samples; b++)
     for (num q = p->from; q < p->to; q++) {
       const real *x = p->x + b * w->l.channel + q * w->l.row + p->taps[0].at, *g = p->g + b * p->g_sample + q * w->row;
-      for (num v = 0; v < w->row; v += LANES) {
-        vec here[WIDEST];
-        UNROLL for (int t = 0; t < T; t++) here[t] = load(x + at[t] + v);
-        if (v + LANES > w->s.out_width)  // no infinity from behind the row may meet the zeros there
-          UNROLL for (int t = 0; t < T; t++) here[t] = (vec)((ivec)here[t] & w->inside);
-        UNROLL for (int o = 0; o < O; o++) {
-          vec by = load(g + o * p->g_map + v);
-          UNROLL for (int t = 0; t < T; t++) total[o * T + t] += by * here[t];
-        }
-      }
+      for (num v = 0; v < whole; v += LANES) add_vector(O, T, total, g + v, p->g_map, x + v, at, NULL);
+      if (whole < w->row)  // no infinity from behind the row may meet the zeros there
+        add_vector(O, T, total, g + whole, p->g_map, x + whole, at, &w->inside);
     }
   UNROLL for (int o = 0; o < O; o++)
     UNROLL for (int t = 0; t < T; t++)
@@ -63,28 +70,35 @@ INLINE void rows_times(const int O, const int T, const int step, const gradients
 INLINE void lanes_times(const int L, const int C, const int T, const int step, const gradients *w,
                         const tap_product *p) {
   vec total[WIDEST], part[WIDEST];
-  num at[WIDEST];
-  UNROLL for (int i = 0; i < L * C * T; i++) total[i] = broadcast(0);
+  num at[WIDEST], summed = 0;
+  UNROLL for (int k = 0; k < L * C * T; k++) total[k] = part[k] = broadcast(0);
   UNROLL for (int t = 0; t < T; t++) at[t] = BESIDE(t);
   for (num b = 0; b < p->samples; b++) {
-    const real *xs = p->x + b * w->l.channel + p->taps[0].at, *g = p->g + b * p->g_sample;
-    num i = p->from * w->row, end = p->to * w->row;
-    g += i * L * LANES;
-    while (i < end) {
-      UNROLL for (int k = 0; k < L * C * T; k++) part[k] = broadcast(0);
-      for (num stop = min(i + AT_ONCE, end); i < stop; i++, g += L * LANES) {
-        const real *x = xs + w->x_at[i];
+    const real *x[C], *g = p->g + b * p->g_sample + p->from * w->row * L * LANES;
+    UNROLL for (int c = 0; c < C; c++) {
+      x[c] = p->x + c * p->x_map + b * w->l.channel + p->taps[0].at;
+      __asm__("" : "+r"(x[c]));  // a register each: compilers would find each from the one before, at each position
+    }
+    for (num i = p->from * w->row, end = p->to * w->row, stop; i < end; i = stop) {
+      if (summed >= AT_ONCE) {
+        UNROLL for (int k = 0; k < L * C * T; k++) total[k] += part[k], part[k] = broadcast(0);
+        summed = 0;
+      }
+      stop = min(i + AT_ONCE, end);
+      summed += stop - i;
+      for (; i < stop; i++, g += L * LANES) {
+        num here_at = w->x_at[i];
         vec by[2];
         UNROLL for (int l = 0; l < L; l++) by[l] = load(g + l * LANES);
         UNROLL for (int c = 0; c < C; c++)
           UNROLL for (int t = 0; t < T; t++) {
-            vec here = broadcast(x[c * p->x_map + at[t]]);
+            vec here = broadcast(x[c][here_at + at[t]]);
             UNROLL for (int l = 0; l < L; l++) part[(c * T + t) * L + l] += by[l] * here;
           }
       }
-      UNROLL for (int k = 0; k < L * C * T; k++) total[k] += part[k];
     }
   }
+  UNROLL for (int k = 0; k < L * C * T; k++) total[k] += part[k];
   for (int o = 0; o < LANES; o++)
     UNROLL for (int c = 0; c < C; c++)
       UNROLL for (int t = 0; t < T; t++)
@@ -234,7 +248,7 @@ static int weight_gradients(gradients *w, num threads) {
   for (num k = 0; k < w->branches; k++) taps = taps_of(s + k, taps);
   w->block = block_of(s->out);
   w->row = w->block >= LANES ? s->out_width : ceil_div(s->out_width, LANES) * LANES;
-  num positions = w->block >= LANES ? POSITIONS : LANES * POSITIONS;  // a lane of a row has an eighth of them
+  num positions = w->block >= LANES ? POSITIONS : 2 * POSITIONS;  // a lane of a row has an eighth of them
   w->samples = max(1, min(s->batch, POSITIONS / (s->out_height * w->row)));
   w->band = max(1, min(s->out_height, positions / w->row));
   w->parts = min(s->in, ceil_div(4 * threads, s->groups));
