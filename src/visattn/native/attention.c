@@ -217,8 +217,8 @@ static void pack_columns(work *w, num slot, num index) {
   }
 }
 
-// The same for keys and values that are maps: scores of 16 queries side by side, a line for each key, so that values are
-// not packed and the output comes out as a map too. The last tile of channels begins early.
+// The same for keys and values that are maps: scores of 16 queries side by side, a line for each key, so that values
+// are not packed and the output comes out as a map too. The last tile of channels begins early.
 static void forward_columns(work *w, num slot, num index) {
   const problem *p = w->p;
   num row = index * p->rows, rows = min(p->rows, p->queries - row), panels = ceil_div(rows, WIDE);

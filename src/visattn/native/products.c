@@ -149,8 +149,8 @@ static void place(const product *p, num step, num *part, num *start, num *chunk)
   *chunk = *part * p->chunks / p->parts;
 }
 
-// `next`: what is packed after this block, or NULL. The first tiles fetch what comes, a row with each line of the depth,
-// as packing would otherwise wait for memory a quarter of the time; short sums leave no time for it.
+// `next`: what is packed after this block, or NULL. The first tiles fetch what comes, a row with each line of the
+// depth, as packing would otherwise wait for memory a quarter of the time; short sums leave no time for it.
 static void block(const product *p, num part, num start, num from, const real *next, real *packed) {
   num columns = min(p->width, p->columns - start), per = ceil_div(p->depth, DEPTH);
   num rows = p->symmetric ? start + columns : p->rows;

@@ -13,11 +13,14 @@
 
 enum { PART = 2048, SUMS = 4 };  // numbers added up before sums go on in double; sums of a map
 
-typedef struct {
+typedef struct selection selection;
+typedef void step(const selection *, num);  // what is done to a map or a channel
+
+struct selection {
   num branches, batch, channels, positions;
   const real *const *maps, *const *weights, *const *biases;
   const double *eps;
-  real *numbers;              // (5, branches, channels), see `numbers`
+  real *of_norms;             // (5, branches, channels), see `of_norm`
   real *descriptor;           // (batch, channels)
   const real *attention;      // (batch, branches, channels)
   const real *gradient;       // of `out`
@@ -27,16 +30,16 @@ typedef struct {
   real *d_weights, *d_biases;  // (branches, channels)
   real *of_channels, *of_maps;  // see `normed`
   real *const *d_maps;
-  bool normed;
-  num together;  // maps or channels in a step
+  step *each;
+  num count, together;  // how many maps or channels there are, and how many a thread takes at one time
   loop steps;
-} selection;
+};
 
 // Of each channel of a branch: the last two are what a map is multiplied with and what is added.
-enum numbers { MEAN, VARIANCE, INVERSE, SCALE, SHIFT };
+enum { MEAN, VARIANCE, INVERSE, SCALE, SHIFT };
 
-INLINE real *numbers(const selection *s, num kind, num branch, num channel) {
-  return s->numbers + (kind * s->branches + branch) * s->channels + channel;
+INLINE real *of_norm(const selection *s, num kind, num branch, num channel) {
+  return s->of_norms + (kind * s->branches + branch) * s->channels + channel;
 }
 
 // The last vector of a map, which overlaps the one before it, and the lanes of it that are new.
@@ -127,11 +130,11 @@ static void normalise_channel(const selection *s, num channel) {
     double inverse = 1 / sqrt(squares / count + s->eps[k]);
     double scale = (real)(s->weights[k][channel] * inverse);  // what maps are multiplied with: the shift is of that
     double shift = s->biases[k][channel] - mean * scale;
-    *numbers(s, MEAN, k, channel) = (real)mean;
-    *numbers(s, VARIANCE, k, channel) = (real)(squares / (count - 1));
-    *numbers(s, INVERSE, k, channel) = (real)inverse;
-    *numbers(s, SCALE, k, channel) = (real)scale;
-    *numbers(s, SHIFT, k, channel) = (real)shift;
+    *of_norm(s, MEAN, k, channel) = (real)mean;
+    *of_norm(s, VARIANCE, k, channel) = (real)(squares / (count - 1));
+    *of_norm(s, INVERSE, k, channel) = (real)inverse;
+    *of_norm(s, SCALE, k, channel) = (real)scale;
+    *of_norm(s, SHIFT, k, channel) = (real)shift;
     vec scales = broadcast((real)scale), shifts = broadcast((real)shift);
     for (num b = 0; b < s->batch; b++) {
       real *to = s->descriptor + b * s->channels + channel;
@@ -147,8 +150,8 @@ INLINE void combine_of(const int branches, const bool normed, const selection *s
   const real *from[BRANCHES];
   UNROLL for (int k = 0; k < branches; k++) {
     by[k] = broadcast(s->attention[(sample * s->branches + k) * s->channels + channel]);
-    scale[k] = broadcast(normed ? *numbers(s, SCALE, k, channel) : 1);
-    shift[k] = broadcast(normed ? *numbers(s, SHIFT, k, channel) : 0);
+    scale[k] = broadcast(normed ? *of_norm(s, SCALE, k, channel) : 1);
+    shift[k] = broadcast(normed ? *of_norm(s, SHIFT, k, channel) : 0);
     from[k] = s->maps[k] + map * size;
   }
   real *out = s->out + map * size;
@@ -174,17 +177,17 @@ static void combine_map(const selection *s, num map) {
 #define CASE(branches)                                         \
   case branches: combine_of(branches, false, s, map); break;   \
   case branches + BRANCHES: combine_of(branches, true, s, map); break;
-  switch (s->branches + (s->normed ? BRANCHES : 0)) { CASE(1) CASE(2) CASE(3) CASE(4) }
+  switch (s->branches + (s->of_norms ? BRANCHES : 0)) { CASE(1) CASE(2) CASE(3) CASE(4) }
 #undef CASE
 }
 
 // Over a map of one branch: the gradient of a, and for the positions that the relu lets through how many they are, and
 // the sums of x, g and x g, with x what the norm makes of the map before weight and bias.
-static void gather_map(const selection *s, num branch, num map, const ends *e) {
+static void gather_branch(const selection *s, num branch, num map, const ends *e) {
   num channel = map % s->channels, sample = map / s->channels, size = s->positions;
   const real *from = s->maps[branch] + map * size, *gradient = s->gradient + map * size;
-  vec scale = broadcast(*numbers(s, SCALE, branch, channel)), shift = broadcast(*numbers(s, SHIFT, branch, channel));
-  vec mean = broadcast(*numbers(s, MEAN, branch, channel)), one = broadcast(1);
+  vec scale = broadcast(*of_norm(s, SCALE, branch, channel)), shift = broadcast(*of_norm(s, SHIFT, branch, channel));
+  vec mean = broadcast(*of_norm(s, MEAN, branch, channel)), one = broadcast(1);
   double totals[SUMS + 1] = {0};
 #define ADD(load_from, kept)                                       \
   vec c = load_from(from), g = load_from(gradient);                \
@@ -213,18 +216,23 @@ static void gather_map(const selection *s, num branch, num map, const ends *e) {
 #undef ADD
 #undef LOAD
 #undef LAST
-  double inverse = *numbers(s, INVERSE, branch, channel);
+  double inverse = *of_norm(s, INVERSE, branch, channel);
   totals[1] *= inverse, totals[3] *= inverse;
   num at = (sample * s->branches + branch) * s->channels + channel;
   for (int j = 0; j < SUMS; j++) s->sums[at * SUMS + j] = (real)totals[j];
   s->d_attention[at] = (real)totals[SUMS];
 }
 
+static void gather_map(const selection *s, num map) {
+  ends e = ends_of(s->positions);
+  for (num k = 0; k < s->branches; k++) gather_branch(s, k, map, &e);
+}
+
 // What the gradient of one channel of a branch is made of, see `normed`. That of batch norm's input is the gradient of
 // its output with the mean and the part along x taken away, times the scale.
-static void factors_of_channel(const selection *s, num branch, num channel) {
+static void factors_of_branch(const selection *s, num branch, num channel) {
   double d_weight = 0, d_bias = 0, count = (double)s->batch * (double)s->positions;
-  double by = *numbers(s, SCALE, branch, channel);
+  double by = *of_norm(s, SCALE, branch, channel);
   for (num b = 0; b < s->batch; b++) {
     num at = (b * s->branches + branch) * s->channels + channel, map = b * s->channels + channel;
     const real *sums = s->sums + at * SUMS;
@@ -238,97 +246,78 @@ static void factors_of_channel(const selection *s, num branch, num channel) {
   s->d_weights[branch * s->channels + channel] = (real)d_weight;
   s->d_biases[branch * s->channels + channel] = (real)d_bias;
   real *to = s->of_channels + (branch * s->channels + channel) * 5;
-  to[0] = (real)by, to[1] = *numbers(s, SHIFT, branch, channel), to[2] = *numbers(s, MEAN, branch, channel);
+  to[0] = (real)by, to[1] = *of_norm(s, SHIFT, branch, channel), to[2] = *of_norm(s, MEAN, branch, channel);
   to[3] = (real)(by * d_bias / count);
-  to[4] = (real)(by * *numbers(s, INVERSE, branch, channel) * d_weight / count);
+  to[4] = (real)(by * *of_norm(s, INVERSE, branch, channel) * d_weight / count);
 }
 
-static void normalise_steps(void *data) {
-  selection *s = data;
-  for (num i; (i = next_step(&s->steps)) < s->steps.count;)
-    for (num c = i * s->together; c < min((i + 1) * s->together, s->channels); c++) normalise_channel(s, c);
+static void factors_of_channel(const selection *s, num channel) {
+  for (num k = 0; k < s->branches; k++) factors_of_branch(s, k, channel);
 }
 
-static void combine_steps(void *data) {
-  selection *s = data;
-  for (num i; (i = next_step(&s->steps)) < s->steps.count;)
-    for (num map = i * s->together; map < min((i + 1) * s->together, s->batch * s->channels); map++)
-      combine_map(s, map);
-}
-
-static void gather_steps(void *data) {
-  selection *s = data;
-  ends e = ends_of(s->positions);
-  for (num i; (i = next_step(&s->steps)) < s->steps.count;)
-    for (num map = i * s->together; map < min((i + 1) * s->together, s->batch * s->channels); map++)
-      for (num k = 0; k < s->branches; k++) gather_map(s, k, map, &e);
-}
-
-static void factor_steps(void *data) {
-  selection *s = data;
-  for (num i; (i = next_step(&s->steps)) < s->steps.count;)
-    for (num k = 0; k < s->branches; k++)
-      for (num c = i * s->together; c < min((i + 1) * s->together, s->channels); c++) factors_of_channel(s, k, c);
-}
-
-static void scatter_steps(void *data) {
-  selection *s = data;
+static void scatter_map(const selection *s, num map) {
   num maps = s->batch * s->channels, size = s->positions;
   normed of = {s->maps, s->gradient, s->of_channels, s->of_maps};
+  for (num k = 0; k < s->branches; k++)
+    normed_gradient(&of, k, s->channels, maps, map, size, 0, size, s->d_maps[k] + map * size);
+}
+
+static void steps(void *data) {
+  selection *s = data;
   for (num i; (i = next_step(&s->steps)) < s->steps.count;)
-    for (num map = i * s->together; map < min((i + 1) * s->together, maps); map++)
-      for (num k = 0; k < s->branches; k++)
-        normed_gradient(&of, k, s->channels, maps, map, size, 0, size, s->d_maps[k] + map * size);
+    for (num j = i * s->together; j < min((i + 1) * s->together, s->count); j++) s->each(s, j);
 }
 
-static int by_channel(selection *s, void (*body)(void *), num threads) {
-  // Threads stay away from each other's lines, but have enough steps to share.
-  s->together = min(ceil_div(PART, s->positions), max(1, s->channels / (4 * threads)));
-  s->steps = (loop){.count = ceil_div(s->channels, s->together)};
-  GOMP_parallel(body, s, (unsigned)min(threads, s->steps.count), 0);
+static int run(selection *s, step *each, num count, num together, num threads) {
+  s->each = each, s->count = count, s->together = together;
+  s->steps = (loop){.count = ceil_div(count, together)};
+  GOMP_parallel(steps, s, (unsigned)min(threads, s->steps.count), 0);
   return 0;
 }
 
-static int by_map(selection *s, void (*body)(void *), num threads) {
-  s->together = ceil_div(4 * PART, s->positions);
-  s->steps = (loop){.count = ceil_div(s->batch * s->channels, s->together)};
-  GOMP_parallel(body, s, (unsigned)min(threads, s->steps.count), 0);
-  return 0;
+// Threads stay away from each other's lines, but have enough steps to share.
+static int by_channel(selection *s, step *each, num threads) {
+  num together = min(ceil_div(PART, s->positions), max(1, s->channels / (4 * threads)));
+  return run(s, each, s->channels, together, threads);
+}
+
+static int by_map(selection *s, step *each, num threads) {
+  return run(s, each, s->batch * s->channels, ceil_div(4 * PART, s->positions), threads);
 }
 
 // What the norms of all branches do, from the statistics of these maps, and the mean of what the relus let through.
 PUBLIC int NAME(select_normalise)(num branches, num batch, num channels, num positions, const real *const *maps,
                                   const real *const *weights, const real *const *biases, const double *eps,
-                                  real *numbers, real *descriptor, num threads) {
+                                  real *of_norms, real *descriptor, num threads) {
   selection s = {branches, batch, channels, positions, .maps = maps, .weights = weights, .biases = biases, .eps = eps,
-                 .numbers = numbers, .descriptor = descriptor};
-  return by_channel(&s, normalise_steps, threads);
+                 .of_norms = of_norms, .descriptor = descriptor};
+  return by_channel(&s, normalise_channel, threads);
 }
 
 // out = sum of a f, or of a c where there are no numbers of norms.
 PUBLIC int NAME(select_combine)(num branches, num batch, num channels, num positions, const real *const *maps,
-                                real *numbers, const real *attention, real *out, num threads) {
-  selection s = {branches, batch, channels, positions, .maps = maps, .numbers = numbers, .attention = attention,
-                 .out = out, .normed = numbers != NULL};
-  return by_map(&s, combine_steps, threads);
+                                real *of_norms, const real *attention, real *out, num threads) {
+  selection s = {branches, batch, channels, positions, .maps = maps, .of_norms = of_norms, .attention = attention,
+                 .out = out};
+  return by_map(&s, combine_map, threads);
 }
 
 // The gradient of a, and the sums that the other gradients follow from.
 PUBLIC int NAME(select_gather)(num branches, num batch, num channels, num positions, const real *const *maps,
-                               real *numbers, const real *gradient, real *d_attention, real *sums, num threads) {
-  selection s = {branches, batch, channels, positions, .maps = maps, .numbers = numbers, .gradient = gradient,
+                               real *of_norms, const real *gradient, real *d_attention, real *sums, num threads) {
+  selection s = {branches, batch, channels, positions, .maps = maps, .of_norms = of_norms, .gradient = gradient,
                  .d_attention = d_attention, .sums = sums};
-  return by_map(&s, gather_steps, threads);
+  return by_map(&s, gather_map, threads);
 }
 
 // The gradients of the norms' weights and biases, and the factors that those of the maps are made with.
-PUBLIC int NAME(select_factors)(num branches, num batch, num channels, num positions, real *numbers,
+PUBLIC int NAME(select_factors)(num branches, num batch, num channels, num positions, real *of_norms,
                                 const real *attention, real *sums, const real *d_descriptor, real *d_weights,
                                 real *d_biases, real *of_channels, real *of_maps, num threads) {
-  selection s = {branches, batch, channels, positions, .numbers = numbers, .attention = attention, .sums = sums,
+  selection s = {branches, batch, channels, positions, .of_norms = of_norms, .attention = attention, .sums = sums,
                  .d_descriptor = d_descriptor, .d_weights = d_weights, .d_biases = d_biases,
                  .of_channels = of_channels, .of_maps = of_maps};
-  return by_channel(&s, factor_steps, threads);
+  return by_channel(&s, factors_of_channel, threads);
 }
 
 // The gradients of the maps.
@@ -337,5 +326,5 @@ PUBLIC int NAME(select_scatter)(num branches, num batch, num channels, num posit
                                 num threads) {
   selection s = {branches, batch, channels, positions, .maps = maps, .gradient = gradient,
                  .of_channels = of_channels, .of_maps = of_maps, .d_maps = d_maps};
-  return by_map(&s, scatter_steps, threads);
+  return by_map(&s, scatter_map, threads);
 }

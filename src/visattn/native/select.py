@@ -71,39 +71,39 @@ def normalise(
     if not branches == len(weights) == len(biases) == len(eps):
         raise ValueError("visattn.native: every map of a selection needs a norm")
     sizes = _sizes(maps, *vectors)
-    numbers, descriptor = maps[0].new_empty(5, branches, channels), maps[0].new_empty(maps[0].shape[:2])
+    of_norms, descriptor = maps[0].new_empty(5, branches, channels), maps[0].new_empty(maps[0].shape[:2])
     some = (ctypes.c_double * branches)(*eps)
-    call("select_normalise", *sizes, maps, weights, biases, some, numbers, descriptor, flops=0)
-    return numbers, descriptor
+    call("select_normalise", *sizes, maps, weights, biases, some, of_norms, descriptor, flops=0)
+    return of_norms, descriptor
 
 
-def combine(maps: tuple[Tensor, ...], attention: Tensor, numbers: Tensor) -> Tensor:
+def combine(maps: tuple[Tensor, ...], attention: Tensor, of_norms: Tensor) -> Tensor:
     """`sum_k attention_k relu(norm_k(map_k))`.
 
     Args:
         maps: K times (B, C, H, W), contiguous.
         attention: (B, K, C), contiguous.
-        numbers: By `normalise`.
+        of_norms: By `normalise`.
     """
     out = maps[0].new_empty(maps[0].shape)
     branches, (batch, channels) = len(maps), maps[0].shape[:2]
-    vectors = [(attention, (batch, branches, channels)), (numbers, (5, branches, channels))]
-    call("select_combine", *_sizes(maps, *vectors), maps, numbers, attention, out, flops=0)
+    vectors = [(attention, (batch, branches, channels)), (of_norms, (5, branches, channels))]
+    call("select_combine", *_sizes(maps, *vectors), maps, of_norms, attention, out, flops=0)
     return out
 
 
-def gather(maps: tuple[Tensor, ...], numbers: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def gather(maps: tuple[Tensor, ...], of_norms: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of `attention` (B, K, C), and sums that `factors` takes.
 
     Args:
         maps: What was combined.
-        numbers: By `normalise`.
+        of_norms: By `normalise`.
         gradient: Of the result, contiguous.
     """
     shape = (maps[0].shape[0], len(maps), maps[0].shape[1])
     d_attention, sums = gradient.new_empty(shape), gradient.new_empty(*shape, _SUMS)
-    sizes = _sizes(maps, (gradient, tuple(maps[0].shape)), (numbers, (5, *shape[1:])))
-    call("select_gather", *sizes, maps, numbers, gradient, d_attention, sums, flops=0)
+    sizes = _sizes(maps, (gradient, tuple(maps[0].shape)), (of_norms, (5, *shape[1:])))
+    call("select_gather", *sizes, maps, of_norms, gradient, d_attention, sums, flops=0)
     return d_attention, sums
 
 
@@ -120,24 +120,24 @@ class Factors(NamedTuple):
 
 
 def factors(
-    numbers: Tensor, attention: Tensor, sums: Tensor, d_descriptor: Tensor, positions: int
+    of_norms: Tensor, attention: Tensor, sums: Tensor, d_descriptor: Tensor, positions: int
 ) -> tuple[Tensor, Tensor, Factors]:
     """The gradients of the norms' weights and biases, both (K, C), and what those of the maps are made with.
 
     Args:
-        numbers: By `normalise`.
+        of_norms: By `normalise`.
         attention: (B, K, C), contiguous.
         sums: By `gather`.
         d_descriptor: The gradient of what `normalise` returned, (B, C), contiguous.
         positions: Of a map.
     """
     batch, branches, channels = attention.shape
-    given = [(numbers, (5, branches, channels)), (sums, (*attention.shape, _SUMS)), (d_descriptor, (batch, channels))]
+    given = [(of_norms, (5, branches, channels)), (sums, (*attention.shape, _SUMS)), (d_descriptor, (batch, channels))]
     _check([(attention, attention.shape), *given])
-    d_weights, d_biases = numbers.new_empty(branches, channels), numbers.new_empty(branches, channels)
-    found = Factors(numbers.new_empty(branches, channels, 5), numbers.new_empty(branches, batch, channels, 2))
+    d_weights, d_biases = of_norms.new_empty(branches, channels), of_norms.new_empty(branches, channels)
+    found = Factors(of_norms.new_empty(branches, channels, 5), of_norms.new_empty(branches, batch, channels, 2))
     sizes = branches, batch, channels, positions
-    call("select_factors", *sizes, numbers, attention, sums, d_descriptor, d_weights, d_biases, *found, flops=0)
+    call("select_factors", *sizes, of_norms, attention, sums, d_descriptor, d_weights, d_biases, *found, flops=0)
     return d_weights, d_biases, found
 
 
@@ -171,15 +171,21 @@ class Convolutions(NamedTuple):
     weights: tuple[Tensor, ...]
     geometries: tuple[Geometry, ...]
 
+    def output(self, shape: torch.Size) -> torch.Size | None:
+        """The shape of all outputs for an input of that shape; None where they differ or are too many."""
+        pairs = list(zip(self.weights, self.geometries, strict=True))
+        outputs = {geometry.sizes(shape, one)[1] for one, geometry in pairs}
+        alike = {(one.shape[:2], geometry.stride, geometry.groups) for one, geometry in pairs}
+        served = len(pairs) <= MOST_BRANCHES and len(outputs) == len(alike) == 1
+        return torch.Size(outputs.pop()) if served else None
+
     def sizes(self, shape: torch.Size) -> tuple[ctypes.Array[Any], torch.Size, int]:
         """The sizes as C has them, the shape of an output and the FLOPs, for an input of that shape."""
-        found = [geometry.sizes(shape, one) for geometry, one in zip(self.geometries, self.weights, strict=True)]
-        outputs = {out for _, out in found}
-        alike = {(one.shape[:2], geometry.stride, geometry.groups) for one, geometry in zip(*self, strict=True)}
-        if not 0 < len(found) <= MOST_BRANCHES or len(outputs) > 1 or len(alike) > 1:
+        output = self.output(shape)
+        if output is None:
             raise ValueError(f"visattn.native: branches of different sizes {[tuple(x.shape) for x in self.weights]}")
-        every = (type(found[0][0]) * len(found))(*(sizes for sizes, _ in found))
-        return every, torch.Size(outputs.pop()), sum(sizes.flops for sizes, _ in found)
+        found = [geometry.sizes(shape, one)[0] for geometry, one in zip(self.geometries, self.weights, strict=True)]
+        return (type(found[0]) * len(found))(*found), output, sum(sizes.flops for sizes in found)
 
 
 def convolve(x: Tensor, convs: Convolutions) -> tuple[Tensor, ...]:

@@ -140,7 +140,7 @@ def _tensors(sources: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate) 
     return [*sources, *vectors, *gate.weights, *gate.biases, gate.weight, gate.bias, *hidden]
 
 
-class _Numbers(NamedTuple):
+class _Settings(NamedTuple):
     norms: tuple[BatchNorm, ...]
     hidden: BatchNorm | None
     relu: bool  # of the small network
@@ -154,18 +154,18 @@ class _Parts(NamedTuple):
     gate: Gate
 
 
-def _parts(tensors: Sequence[Any], numbers: _Numbers, *, update: bool) -> _Parts:
-    branches = len(numbers.norms)
+def _parts(tensors: Sequence[Any], settings: _Settings, *, update: bool) -> _Parts:
+    branches = len(settings.norms)
     sources, weights, biases, gate_weights, gate_biases = (
         tuple(tensors[i * branches : (i + 1) * branches]) for i in range(5)
     )
     weight, bias, norm_weight, norm_bias = tensors[5 * branches :]
-    norm = numbers.hidden
+    norm = settings.hidden
     if norm is not None:
         norm = norm._replace(weight=norm_weight, bias=norm_bias)
         # Torch's batch norm takes None for statistics that shall stay, though `BatchNorm` always has them.
         norm = norm if update else norm._replace(running_mean=None, running_var=None)  # type: ignore[arg-type]
-    return _Parts(sources, weights, biases, Gate(weight, bias, norm, gate_weights, gate_biases, numbers.relu))
+    return _Parts(sources, weights, biases, Gate(weight, bias, norm, gate_weights, gate_biases, settings.relu))
 
 
 class _NormedSelect(torch.autograd.Function):
@@ -175,34 +175,34 @@ class _NormedSelect(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, numbers: _Numbers, x: Tensor | None, *tensors: Any) -> Tensor:
-        parts = _parts(tensors, numbers, update=True)
+    def forward(ctx: Any, settings: _Settings, x: Tensor | None, *tensors: Any) -> Tensor:
+        parts = _parts(tensors, settings, update=True)
         maps = parts.sources
-        if x is not None and numbers.geometries is not None:
-            maps = kernels.convolve(x, kernels.Convolutions(parts.sources, numbers.geometries))
-        eps = [norm.eps for norm in numbers.norms]
+        if x is not None and settings.geometries is not None:
+            maps = kernels.convolve(x, kernels.Convolutions(parts.sources, settings.geometries))
+        eps = [norm.eps for norm in settings.norms]
         of_norms, descriptor = kernels.normalise(maps, parts.weights, parts.biases, eps)
         # Here, with those of the hidden norm: a checkpoint's second run ends with this function.
-        for norm, mean, variance in zip(numbers.norms, of_norms[0], of_norms[1], strict=True):
+        for norm, mean, variance in zip(settings.norms, of_norms[0], of_norms[1], strict=True):
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
             norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
         tape = attend(parts.gate, descriptor)
         out = kernels.combine(maps, tape.attention, of_norms)
         small = (of_norms, descriptor, tape.before, tape.hidden, tape.attention, *tape.saved)
         ctx.save_for_backward(x, *tensors, *small, *(() if x is None else maps))
-        ctx.numbers = numbers
+        ctx.settings = settings
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        numbers: _Numbers = ctx.numbers
-        branches = len(numbers.norms)
+        settings: _Settings = ctx.settings
+        branches = len(settings.norms)
         x, *saved = ctx.saved_tensors
         tensors, saved = saved[: 5 * branches + 4], saved[5 * branches + 4 :]
         needed = ctx.needs_input_grad[1:]
         if again(gradient):
-            return None, *differentiate_again(_normed_plain(numbers), [x, *tensors], needed, gradient)
-        parts, gradient = _parts(tensors, numbers, update=False), gradient.contiguous()
+            return None, *differentiate_again(_normed_plain(settings), [x, *tensors], needed, gradient)
+        parts, gradient = _parts(tensors, settings, update=False), gradient.contiguous()
         maps = parts.sources
         if x is not None:
             saved, maps = saved[:-branches], tuple(saved[-branches:])
@@ -221,23 +221,23 @@ class _NormedSelect(torch.autograd.Function):
             if x is None:
                 d_sources = kernels.scatter(maps, gradient, by) if any(needed[1 : branches + 1]) else d_sources
             else:
-                convs = kernels.Convolutions(parts.sources, cast(Any, numbers.geometries))
+                convs = kernels.Convolutions(parts.sources, cast(Any, settings.geometries))
                 d_x = kernels.input_gradient(x.shape, convs, maps, gradient, by) if needed[0] else None
                 if any(needed[1 : branches + 1]):
                     d_sources = kernels.weight_gradients(x, convs, maps, gradient, by)
         return None, d_x, *d_sources, *d_norms, *d_gate
 
 
-def _normed_plain(numbers: _Numbers) -> Any:
+def _normed_plain(settings: _Settings) -> Any:
     def plain(x: Tensor | None, *tensors: Any) -> Tensor:
-        parts = _parts(tensors, numbers, update=False)
+        parts = _parts(tensors, settings, update=False)
         maps: Sequence[Tensor] = parts.sources
-        if x is not None and numbers.geometries is not None:
-            pairs = zip(parts.sources, numbers.geometries, strict=True)
+        if x is not None and settings.geometries is not None:
+            pairs = zip(parts.sources, settings.geometries, strict=True)
             maps = [F.conv2d(x, weight, None, *geometry) for weight, geometry in pairs]
         features = [
             F.relu(F.batch_norm(one, None, None, weight, bias, True, 0.0, norm.eps))
-            for one, weight, bias, norm in zip(maps, parts.weights, parts.biases, numbers.norms, strict=True)
+            for one, weight, bias, norm in zip(maps, parts.weights, parts.biases, settings.norms, strict=True)
         ]
         attention = parts.gate.attention(_descriptor(features, ()))[..., None, None]
         return sum((attention[:, k] * feature for k, feature in enumerate(features)), torch.zeros_like(features[0]))
@@ -279,7 +279,7 @@ def _normed_native(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gat
         maps=[tuple(one.shape) for one in maps],
     )
     tensors[: len(maps)] = [one.contiguous() for one in maps]
-    out: Tensor = _NormedSelect.apply(_Numbers(tuple(norms), gate.norm, gate.relu, None), None, *tensors)
+    out: Tensor = _NormedSelect.apply(_Settings(tuple(norms), gate.norm, gate.relu, None), None, *tensors)
     return out
 
 
@@ -327,16 +327,11 @@ def normed_select(maps: Sequence[Tensor], norms: Sequence[BatchNorm], gate: Gate
 
 def _way(x: Tensor, convs: Sequence[Convolution], norms: Sequence[BatchNorm | None], gate: Gate) -> str:
     """How the kernels compute a whole selective kernel: in "training" or "inference"; "" where they do not."""
-    geometries = [conv.geometry for conv in convs]
-    pairs = list(zip(convs, geometries, strict=True))
-    if len(convs) > kernels.MOST_BRANCHES or not all(one.fits(x, conv.weight, conv.bias) for conv, one in pairs):
+    pairs = [(conv, conv.geometry) for conv in convs]
+    fit = all(one.fits(x, conv.weight, conv.bias) and one.way(x.shape, conv.weight) == "direct" for conv, one in pairs)
+    branches = kernels.Convolutions(tuple(conv.weight for conv in convs), tuple(one for _, one in pairs))
+    if not fit or (shape := branches.output(x.shape)) is None:
         return ""
-    alike = {
-        (conv.weight.shape[:2], conv.stride, conv.groups, one.sizes(x.shape, conv.weight)[1]) for conv, one in pairs
-    }
-    if len(alike) > 1 or any(one.way(x.shape, conv.weight) != "direct" for conv, one in pairs):
-        return ""
-    shape = torch.Size(alike.pop()[3])
     every = [*norms, *([] if gate.norm is None else [gate.norm])]
     if all(norm is not None and norm.training for norm in every):
         trained = all(conv.bias is None for conv in convs) and _trained(shape, cast(Any, norms), gate)
@@ -354,8 +349,8 @@ def whole(x: Tensor, convs: Sequence[Convolution], norms: Sequence[BatchNorm | N
     geometries = tuple(conv.geometry for conv in convs)
     if way == "training":
         given = cast(Sequence[BatchNorm], norms)
-        numbers = _Numbers(tuple(given), gate.norm, gate.relu, geometries)
-        out: Tensor = _NormedSelect.apply(numbers, x, *_tensors(weights, given, gate))
+        settings = _Settings(tuple(given), gate.norm, gate.relu, geometries)
+        out: Tensor = _NormedSelect.apply(settings, x, *_tensors(weights, given, gate))
         return out
     known = [_norm_of(conv.bias, norm) for conv, norm in zip(convs, norms, strict=True)]
     hidden = gate.weight.contiguous(), _norm_of(gate.bias, gate.norm), gate.relu
