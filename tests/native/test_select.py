@@ -199,10 +199,12 @@ def test_second_derivatives_of_the_whole():
         convs = [Convolution(weight, None, 1, k, k, 2) for k, weight in enumerate(weights[:2], 1)]
         ones, zeros = torch.ones(6).double(), torch.zeros(6).double()
         norms = [BatchNorm(ones, zeros, zeros.clone(), ones.clone(), True) for _ in range(2)]
-        gate = Gate(weights[2], None, None, weights[3:], [zeros, zeros], relu=False)
+        hidden = BatchNorm(ones[:3], zeros[:3], zeros[:3].clone(), ones[:3].clone(), True)
+        gate = Gate(weights[2], None, hidden, weights[3:], [zeros, zeros], relu=False)
         out = selective_kernel(x, convs, norms, gate, impl=impl).square().sum()
         first = torch.autograd.grad(out, [x, *weights], create_graph=True)
-        return [*first, *torch.autograd.grad(sum(one.square().sum() for one in first), [x, *weights])]
+        second = torch.autograd.grad(sum(one.square().sum() for one in first), [x, *weights])
+        return [*first, *second, *(one for norm in (*norms, hidden) for one in norm[2:4])]  # statistics, updated once
 
     for a, b in zip(*(derivatives(impl) for impl in ("native", "reference")), strict=True):
         assert torch.allclose(a, b, rtol=1e-8, atol=1e-8)

@@ -154,7 +154,7 @@ class _Parts(NamedTuple):
     gate: Gate
 
 
-def _parts(tensors: Sequence[Any], settings: _Settings, *, update: bool) -> _Parts:
+def _parts(tensors: Sequence[Any], settings: _Settings) -> _Parts:
     branches = len(settings.norms)
     sources, weights, biases, gate_weights, gate_biases = (
         tuple(tensors[i * branches : (i + 1) * branches]) for i in range(5)
@@ -163,8 +163,6 @@ def _parts(tensors: Sequence[Any], settings: _Settings, *, update: bool) -> _Par
     norm = settings.hidden
     if norm is not None:
         norm = norm._replace(weight=norm_weight, bias=norm_bias)
-        # Torch's batch norm takes None for statistics that shall stay, though `BatchNorm` always has them.
-        norm = norm if update else norm._replace(running_mean=None, running_var=None)  # type: ignore[arg-type]
     return _Parts(sources, weights, biases, Gate(weight, bias, norm, gate_weights, gate_biases, settings.relu))
 
 
@@ -176,7 +174,7 @@ class _NormedSelect(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, settings: _Settings, x: Tensor | None, *tensors: Any) -> Tensor:
-        parts = _parts(tensors, settings, update=True)
+        parts = _parts(tensors, settings)
         maps = parts.sources
         if x is not None and settings.geometries is not None:
             maps = kernels.convolve(x, kernels.Convolutions(parts.sources, settings.geometries))
@@ -202,7 +200,7 @@ class _NormedSelect(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         if again(gradient):
             return None, *differentiate_again(_normed_plain(settings), [x, *tensors], needed, gradient)
-        parts, gradient = _parts(tensors, settings, update=False), gradient.contiguous()
+        parts, gradient = _parts(tensors, settings), gradient.contiguous()
         maps = parts.sources
         if x is not None:
             saved, maps = saved[:-branches], tuple(saved[-branches:])
@@ -230,7 +228,7 @@ class _NormedSelect(torch.autograd.Function):
 
 def _normed_plain(settings: _Settings) -> Any:
     def plain(x: Tensor | None, *tensors: Any) -> Tensor:
-        parts = _parts(tensors, settings, update=False)
+        parts = _parts(tensors, settings)
         maps: Sequence[Tensor] = parts.sources
         if x is not None and settings.geometries is not None:
             pairs = zip(parts.sources, settings.geometries, strict=True)
@@ -239,7 +237,11 @@ def _normed_plain(settings: _Settings) -> Any:
             F.relu(F.batch_norm(one, None, None, weight, bias, True, 0.0, norm.eps))
             for one, weight, bias, norm in zip(maps, parts.weights, parts.biases, settings.norms, strict=True)
         ]
-        attention = parts.gate.attention(_descriptor(features, ()))[..., None, None]
+        gate = parts.gate
+        if (norm := gate.norm) is not None:  # its statistics were updated by the forward pass already
+            mean, variance = norm.running_mean.clone(), norm.running_var.clone()
+            gate = gate._replace(norm=norm._replace(running_mean=mean, running_var=variance))
+        attention = gate.attention(_descriptor(features, ()))[..., None, None]
         return sum((attention[:, k] * feature for k, feature in enumerate(features)), torch.zeros_like(features[0]))
 
     return plain
